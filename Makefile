@@ -1,0 +1,81 @@
+# `make` lists what there is to do. Everything that it makes lies in this folder: .venv, .stepfast and caches.
+.POSIX:
+.SUFFIXES:
+.NOTPARALLEL:
+
+VENV = .venv
+PYTHON =
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+
+.PHONY: help
+help: ## List these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' Makefile | expand -t 10
+
+.PHONY: setup
+setup: $(VENV)/demo.stamp ## Make .venv, with what the demo needs (PYTHON=... chooses the interpreter)
+
+.PHONY: demo
+demo: $(VENV)/demo.stamp ## Run the bundled pipeline on a small repository (LIVE=1: on Claude, with your key)
+	@$(BIN)/stepfast demo $(if $(filter 1,$(LIVE)),--live)
+
+.PHONY: test
+test: $(VENV)/dev.stamp ## Run all tests (ARGS=... goes to pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/dev.stamp ## Check style, format and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+
+.PHONY: format
+format: $(VENV)/dev.stamp ## Write the format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+.PHONY: types
+types: $(VENV)/dev.stamp ## Check types
+	@$(BIN)/mypy
+
+.PHONY: histories
+histories: $(VENV)/dev.stamp ## Prove the rules over 2,000 random histories of runs (20 minutes)
+	@HISTORIES=2000 $(BIN)/python -m pytest -s tests/test_histories.py tests/test_hammer.py --timeout=3600
+
+.PHONY: ci
+ci: lint types test ## What CI runs
+
+.PHONY: lock
+lock: $(VENV)/dev.stamp ## Pin the newest versions that pyproject.toml allows
+	@$(COMPILE) --upgrade -o requirements/base.txt pyproject.toml
+	@$(COMPILE) --upgrade -o requirements/demo.txt --extra demo -c requirements/base.txt pyproject.toml
+	@$(COMPILE) --upgrade -o requirements/dev.txt --extra demo --group dev -c requirements/demo.txt pyproject.toml
+
+.PHONY: clean
+clean: ## Remove what was made here, with the runs in .stepfast; refuses while something runs on them
+	@python=python3; test ! -x $(BIN)/python || python=$(BIN)/python; \
+	for lock in .stepfast/*.lock .stepfast/servers/*.alive .stepfast/*/*.lock .stepfast/*/servers/*.alive; do \
+	  test ! -e "$$lock" || $$python -c 'import fcntl, sys; fcntl.flock(open(sys.argv[1]), 2 | 4)' "$$lock" 2>/dev/null || \
+	  { echo "Something still runs on .stepfast ($$lock is locked, or not yours). End it first."; exit 1; }; \
+	done
+	@rm -rf .venv .venv-* .stepfast .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so that what was interrupted begins anew.
+$(VENV)/demo.stamp: requirements/demo.txt
+	@for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Setting up $(VENV) with $$python; this happens once." && exec "$$python" -m venv --clear $(VENV); \
+	  fi; \
+	done; \
+	echo "Stepfast needs Python 3.11 or newer with venv (Debian: python3-venv). Name one: make setup PYTHON=/its/path"; exit 1
+	@$(PIP) install --require-hashes -r requirements/demo.txt
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp requirements/dev.txt
+	@echo "Adding what the tests need to $(VENV)."
+	@rm -f $(VENV)/demo.stamp
+	@$(PIP) install --require-hashes -r requirements/dev.txt
+	@touch $(VENV)/demo.stamp $@

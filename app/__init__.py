@@ -1,0 +1,1 @@
+"""Stepfast: a Celery chain of agents, resumable."""

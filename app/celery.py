@@ -1,0 +1,28 @@
+"""Builds the Celery app; nothing else."""
+
+import os
+from importlib.util import module_from_spec, spec_from_file_location
+
+from celery import Celery
+
+from app import settings
+from app.execution import lifecycle, redis_channel
+from app.observe import celery_signals
+
+# Celery reads these itself, before its configuration: another application's broker must not become ours.
+for _name in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND"):
+    os.environ.pop(_name, None)
+
+# By its place: a folder that a worker or a command is started from may hold a celeryconfig.py of its own.
+_spec = spec_from_file_location("stepfast_celeryconfig", settings.ROOT / "celeryconfig.py")
+assert _spec is not None
+assert _spec.loader is not None
+_config = module_from_spec(_spec)
+_spec.loader.exec_module(_config)
+
+redis_channel.mend()
+celery = Celery("stepfast")
+celery.config_from_object(_config)
+celery.set_default()
+celery_signals.connect(settings.load())
+lifecycle.connect()

@@ -1,0 +1,70 @@
+"""`--input`: from what is typed to a run's input."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.errors import Misuse
+from app.pipelines import files
+from app.pipelines.report import Unreadable
+
+if TYPE_CHECKING:
+    from app.pipelines.model import Json
+
+HELP = (
+    "K=V gives one field: V is taken as JSON where it is JSON, otherwise as text. "
+    "K=@FILE gives a file's text, which is UTF-8. @FILE gives all fields of a JSON object. Repeatable."
+)
+
+
+def parse(given: Iterable[str], max_bytes: int) -> "Json":
+    """The input that `--input` options describe. Raises Misuse."""
+    found: Json = {}
+    for text in given:
+        if text.startswith("@"):
+            fields = read_object(Path(text[1:]), "input", max_bytes)
+        else:
+            key, separator, value = text.partition("=")
+            if not (key and separator):
+                raise Misuse(
+                    f"--input {text!r} is no key=value.",
+                    next_step="Write --input KEY=VALUE, --input KEY=@FILE or --input @FILE.json.",
+                )
+            fields = {key: _text(Path(value[1:]), "input", max_bytes) if value.startswith("@") else _value(value)}
+        for key in fields:
+            if key in found:
+                raise Misuse(f"--input gives {key!r} twice.")
+        found |= fields
+    return found
+
+
+def read_object(file: Path, what: str, max_bytes: int) -> "Json":
+    """The JSON object that a file holds; `what` names it in errors. Raises Misuse."""
+    text = _text(file, what, max_bytes)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Misuse(f"The {what} file {file} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise Misuse(f"The {what} file {file} holds no JSON object.")
+    return value
+
+
+def _text(file: Path, what: str, max_bytes: int) -> str:
+    try:
+        return files.read(file, max_bytes)
+    except Unreadable as error:
+        place = f", line {error.place[0]}, column {error.place[1]}," if error.place[0] else ""
+        raise Misuse(f"The {what} file {file}{place} {error}", next_step="Name a text file of UTF-8.") from error
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text, parse_constant=_not_json)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _not_json(name: str) -> object:
+    raise ValueError(name)

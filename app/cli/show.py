@@ -1,0 +1,126 @@
+"""`stepfast show`, and how a run is shown elsewhere."""
+
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import click
+
+from app.cli import embedding, output, system
+from app.cli.embedding import Embedding
+from app.redaction import redact
+from app.runs.explain import explain
+from app.runs.states import RunState
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from app.execution.worker import Worker
+    from app.pipelines.model import Json
+    from app.runs.reads import Reads
+
+
+@click.command()
+@click.argument("run")
+@click.option("--follow", is_flag=True, help="Follow the run to its end; exit 1 if it fails.")
+@embedding.option
+@click.option("--json", "as_json", is_flag=True, help="Print the run with its steps, their attempts and outputs.")
+def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
+    """Show a run: its steps, what they cost, and what went wrong. RUN is the beginning of its id, or `last`."""
+    worker = system.database(embedded=embedded)
+    from app.runs.reads import Reads
+
+    reads = Reads(worker.store.engine)
+    run_id = reads.run_id(run)
+    if follow:
+        from app.cli import watch
+
+        fields: Json | None = {} if as_json else None
+        return watch.finish(worker, run_id, follow=True, fields=fields, embedding=Embedding() if embedded else None)
+    if as_json:
+        output.print_json(document(worker, reads, run_id))
+        return 0
+    found = reads.run(run_id)
+    output.print_fields(
+        {
+            "run": found["id"],
+            "pipeline": f"{found['pipeline']} {found['version']}",
+            "state": state(found),
+            "started": f"{output.moment(found['started_at'])} UTC" if found["started_at"] else "not yet",
+            "time": output.took(found),
+            "cost": cost(found["totals"]),
+        }
+    )
+    print()
+    output.console().print(steps_table(found))
+    print_ending(found, reads, Embedding() if embedded else None)
+    return 0
+
+
+def document(worker: "Worker", reads: "Reads", run_id: UUID) -> "Json":
+    """A run as `--json` prints it; what its schemas call sensitive is hidden."""
+    run = reads.run(run_id)
+    pipeline = worker.definition(run["pipeline_hash"])
+    run["input"] = redact(run["input"], pipeline.input_schema)
+    for step in run["steps"]:
+        schema = pipeline.by_id[step["agent"]].schema
+        for entry in step["tries"]:
+            entry["output"] = redact(entry["output"], schema)
+    return run
+
+
+def steps_table(run: "Json") -> "Table":
+    """A line a step; time, tokens and cost are those of all its attempts."""
+    columns = ("agent", "state", "attempts", "time", "tokens in", "out", "cost")
+    return output.table(columns, [_row(step) for step in run["steps"]], right=columns[2:])
+
+
+def state(run: "Json") -> str:
+    return str(run["state"]) + (" (partial)" if run["partial"] else "")
+
+
+def cost(totals: "Json") -> str:
+    if not totals["calls"]:
+        return "no calls"
+    calls = "1 call" if totals["calls"] == 1 else f"{totals['calls']} calls"
+    known = "unknown" if totals["cost_usd"] is None else output.dollars(totals["cost_usd"])
+    return f"{known}, {calls}"
+
+
+def print_ending(run: "Json", reads: "Reads", here: Embedding | None) -> None:
+    """What went wrong, or what is waited for, and the one command to type next. Nothing where all is done."""
+    if run["state"] == RunState.COMPLETED and not run["partial"]:
+        return
+    found = explain(run, reads.event_list(UUID(run["id"])))
+    print()
+    print(output.one_line(found.why))
+    if found.command:
+        output.print_next(here.extend(found.command) if here else found.command)
+
+
+def print_now(worker: "Worker", run_id: str, here: Embedding | None) -> None:
+    """How a run stands after somebody did something to it: why it rests, or how to follow it."""
+    from app.runs.reads import Reads
+
+    reads = Reads(worker.store.engine)
+    run = reads.run(UUID(run_id))
+    if run["state"] in {RunState.PENDING, RunState.RUNNING, RunState.COMPLETED}:
+        follow = f"stepfast show {output.short(run_id)} --follow"
+        output.print_next(here.extend(follow) if here else follow)
+    else:
+        print_ending(run, reads, here)
+
+
+def _row(step: "Json") -> tuple[str, ...]:
+    tries = step["tries"]
+    times = [spent for entry in tries if (spent := output.duration(entry)) is not None]
+    used = [entry["usage"] for entry in tries if entry["usage"]]
+    costs = [entry["cost_usd"] for entry in tries if entry["cost_usd"] is not None]
+    return (
+        step["agent"],
+        step["state"],
+        str(step["attempts"]),
+        output.seconds(sum(times)) if times else "-",
+        f"{sum(usage.get('input_tokens', 0) for usage in used):,}" if used else "-",
+        f"{sum(usage.get('output_tokens', 0) for usage in used):,}" if used else "-",
+        output.dollars(sum(costs) if costs else None),
+    )

@@ -1,0 +1,90 @@
+"""The dead-letter queue on the broker: for each dead letter a message of its own, beside the row in Postgres.
+
+Versioned JSON, its id in the message for deduplication; sent at least once; at most `dead_queue_max` wait, the oldest
+leave first. The rows are the truth: nothing here is needed to resume a run.
+"""
+
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from celery import current_app
+from kombu.entity import Exchange, Queue
+
+from app import events
+from app.events import Event
+from app.execution.canvas import BROKER_ERRORS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from app.runs.store import Store
+
+QUEUE = "stepfast.dead"
+STRAYS = "stepfast.strays"
+STRAYS_MAX = 10_000
+_BATCH = 100
+_DROPPED_AT_ONCE_MAX = 1_000
+
+
+def publish_pending(store: "Store", dead_queue_max: int) -> int:
+    """Sends one batch of what is not sent yet. Returns how many: 0 where the broker is away; the sweep comes back."""
+    payloads = store.unpublished_dead_letters(_BATCH)
+    if not payloads:
+        return 0
+    try:
+        with current_app.connection_for_write() as connection, connection.channel() as channel:
+            queue = Queue(QUEUE, durable=True).bind(channel)
+            waiting = queue.queue_declare().message_count
+            # Redis has no limit of its own for a queue, so the oldest are taken off here, on either broker.
+            for _ in range(min(max(0, waiting + len(payloads) - dead_queue_max), _DROPPED_AT_ONCE_MAX)):
+                queue.get(no_ack=True)
+            with current_app.amqp.Producer(channel) as producer:
+                for payload in payloads:
+                    producer.publish(
+                        payload,
+                        routing_key=QUEUE,
+                        exchange="",
+                        serializer="json",
+                        delivery_mode=2,
+                        message_id=payload["id"],
+                        type="stepfast.dead_letter.v1",
+                    )
+    except BROKER_ERRORS as error:
+        events.emit(Event.SEND_FAILED, queue=QUEUE, error=str(error))
+        return 0
+    store.mark_published([UUID(payload["id"]) for payload in payloads])
+    for payload in payloads:
+        events.emit(
+            Event.DEAD_LETTER_PUBLISHED,
+            run_id=payload["run_id"],
+            agent=payload["agent"],
+            pipeline=payload["pipeline"],
+            code=payload["code"],
+            dead_letter=payload["id"],
+        )
+    return len(payloads)
+
+
+def declare_strays() -> None:
+    """Makes the place where RabbitMQ keeps malformed and unknown messages. Redis has none: there they are logged."""
+    with current_app.connection_for_write() as connection:
+        if connection.transport.driver_type != "amqp":
+            return
+        with connection.channel() as channel:
+            arguments = {"x-queue-type": "quorum", "x-max-length": STRAYS_MAX}
+            Queue(STRAYS, Exchange(STRAYS, type="fanout"), queue_arguments=arguments).bind(channel).declare()
+
+
+def empty_queues(queues: "Collection[str]") -> tuple[str, ...]:
+    """Which of these queues hold no waiting message. A queue that does not exist (a wiped broker) is empty."""
+    empty = []
+    with current_app.connection_for_write() as connection:
+        for name in queues:
+            with connection.channel() as channel:
+                try:
+                    waiting = channel.queue_declare(name, passive=True).message_count
+                except connection.channel_errors:
+                    waiting = 0
+                if waiting == 0:
+                    empty.append(name)
+    return tuple(empty)

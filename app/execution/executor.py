@@ -1,0 +1,378 @@
+"""One attempt at one step, as a story: find what to run, claim, gate, call, commit.
+
+No transaction and no pooled connection is held while the agent works. What is returned says what became of the step and
+what the caller must send next.
+"""
+
+import json
+import random
+import traceback
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+from sqlalchemy.exc import DataError
+
+from app import events
+from app.agents.work import Answer, Effect, EffectState, Work
+from app.clock import Deadline
+from app.errors import AgentError, AuthorMistake, GateRefused, HandlerFailed, InvalidOutput, StaleClaim
+from app.events import Event
+from app.execution.outcome import decide
+from app.execution.persistence import OUTAGE_MAX_S, through_outage
+from app.pipelines import expressions, templates
+from app.pipelines.model import hash_json
+from app.redaction import capped, redact
+from app.runs.store import Bid, Claim, Ended, Ending, Paid, StepKey
+
+if TYPE_CHECKING:
+    from app.agents.handlers import Handler
+    from app.execution.worker import Worker
+    from app.pipelines.model import Agent, Json, Pipeline
+
+# How long a step waits whose handler this worker lacks, or whose key another run holds.
+DEFER_MS = 5_000
+KEY_WAIT_MS = 1_000
+# Others may take a step away this long after its own deadline: time to commit what was answered at the last moment.
+COMMIT_MARGIN_MS = 15_000
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`state` is the step's new state, or "stale" or "deferred". `ready` are the agents whose messages must be sent."""
+
+    state: str
+    ready: tuple[str, ...] = ()
+    error: AgentError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What every stage after the claim needs."""
+
+    id: UUID
+    worker: "Worker"
+    step: StepKey
+    pipeline: "Pipeline"
+    agent: "Agent"
+    handler: "Handler | None"
+    claim: Claim
+    deadline: Deadline
+
+
+def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
+    """Makes one attempt at a step. Never raises for what the agent or the pipeline did wrong."""
+    pipeline = worker.definition(pipeline_hash)
+    agent = pipeline.by_id[step.agent]
+    with events.bound(run_id=str(step.run_id), pipeline=pipeline.name, agent=agent.id):
+        handler: Handler | None = None
+        broken: AgentError | None = None
+        try:
+            handler = _find_handler(worker, pipeline, agent)
+        except AgentError as error:
+            broken = error
+        if agent.handler and not handler and not broken:
+            return _defer(worker, step, f"this worker has no handler {agent.handler}")
+        bid = Bid(
+            step=step,
+            agent=agent,
+            pipeline_hash=pipeline_hash,
+            attempt_id=uuid4(),
+            worker_id=worker.worker_id,
+            timeout_ms=agent.timeout_ms + COMMIT_MARGIN_MS,
+            wait_ms=KEY_WAIT_MS,
+            repeatable=agent.repeatable or bool(handler and handler.repeatable),
+            code_hash=handler.code_hash if handler else None,
+        )
+        claim = through_outage(lambda: worker.store.claim(bid), max_s=OUTAGE_MAX_S)
+        deadline = Deadline.after_ms(agent.timeout_ms)
+        attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline)
+        with events.bound(attempt_id=str(attempt.id), generation=claim.generation):
+            return _attempt(attempt, broken)
+
+
+def _attempt(attempt: Attempt, broken: AgentError | None) -> Result:
+    claim = attempt.claim
+    match claim.outcome:
+        case "stale":
+            return _stale(attempt)
+        case "deferred":
+            events.emit(Event.STEP_DEFERRED, reason=claim.reason, held_by=claim.held_by)
+            return Result("deferred")
+        case "reuse":
+            assert claim.output is not None
+            assert claim.reused_from is not None
+            return _complete(attempt, Answer(claim.output), reused_from=UUID(claim.reused_from))
+    events.emit(Event.STEP_CLAIMED, number=claim.number, worker=attempt.worker.worker_id)
+    try:
+        if broken:
+            raise broken
+        if claim.outcome == "bad_key":
+            raise AuthorMistake(f"{claim.problem[:1].upper()}{claim.problem[1:]}.")
+        _check_gate(attempt)
+        if attempt.agent.requires_human_approval and (digest := _digest(attempt)) != claim.approved:
+            return _suspend(attempt, digest)
+        answer = _call(attempt)
+    except StaleClaim:
+        events.emit(Event.STEP_STALE_CLAIM, state="fenced")
+        return Result("stale")
+    except AgentError as error:
+        return _fail(attempt, error)
+    except Exception as error:  # noqa: BLE001  # our own bug must end as a dead letter, not as a hung step
+        return _fail(attempt, _internal(error))
+    return _complete(attempt, answer)
+
+
+def _stale(attempt: Attempt) -> Result:
+    claim = attempt.claim
+    events.emit(Event.STEP_STALE_CLAIM, state=claim.state, run_state=claim.run_state)
+    if claim.state == "worker_ended":
+        attempt.worker.beat_soon()
+    return Result("stale")
+
+
+def _find_handler(worker: "Worker", pipeline: "Pipeline", agent: "Agent") -> "Handler | None":
+    if agent.handler is None:
+        return None
+    from app.agents import handlers
+
+    return handlers.find(pipeline.name, agent, worker.settings)
+
+
+def _defer(worker: "Worker", step: StepKey, reason: str) -> Result:
+    deferred = through_outage(lambda: worker.store.defer(step, DEFER_MS, reason), max_s=OUTAGE_MAX_S)
+    if not deferred:
+        return Result("stale")
+    events.emit(Event.STEP_DEFERRED, reason=reason, retry_ms=DEFER_MS)
+    return Result("deferred")
+
+
+def _check_gate(attempt: Attempt) -> None:
+    """Rule 3: no step is executed whose gate is not true of the recorded outputs that it pinned."""
+    if attempt.agent.gate is None:
+        return
+    gate = expressions.parse(attempt.agent.gate)
+    verdict = gate.evaluate({**attempt.claim.outputs, "input": attempt.claim.input})
+    values = _values_to_show(gate, attempt)
+    events.emit(Event.STEP_GATE, gate=attempt.agent.gate, held=verdict.held, values=values)
+    if not verdict.held:
+        saw = ", ".join(f"{name} = {value!r}" for name, value in values.items())
+        refused = GateRefused(
+            f"The gate {attempt.agent.gate} does not hold: {saw}.",
+            next_step=f"See: stepfast show {attempt.step.run_id}",
+            details={"gate": attempt.agent.gate, "values": values},
+        )
+        refused.read = _read_by(gate, attempt.claim)
+        raise refused
+
+
+def _values_to_show(gate: expressions.Gate, attempt: Attempt) -> "Json":
+    """What the gate read, by name, without what the schemas mark as sensitive."""
+    shown = _inputs_to_show(attempt)
+    values = {**shown["outputs"], "input": shown["input"]}
+    return {".".join(path): templates.lookup(path, values) for path in gate.references}
+
+
+def _read_by(gate: expressions.Gate, claim: Claim) -> "Json":
+    """The whole outputs that a gate read a part of: what an agent that runs again needs to know."""
+    agents = sorted({path[0] for path in gate.references} & claim.outputs.keys())
+    return {name: claim.outputs[name] for name in agents}
+
+
+def _digest(attempt: Attempt) -> str:
+    """What is approved: the inputs, the agent's whole definition, and the code that will run."""
+    claim = attempt.claim
+    return hash_json(
+        {
+            "agent": json.loads(json.dumps(asdict(attempt.agent))),
+            "code": attempt.handler.code_hash if attempt.handler else None,
+            "input": claim.input,
+            "outputs": claim.outputs,
+            "feedback": claim.feedback,
+        }
+    )
+
+
+def _suspend(attempt: Attempt, digest: str) -> Result:
+    """Asks a person. Whoever executes after the approval must find the same digest."""
+    store, expires_ms = attempt.worker.store, attempt.agent.approval_timeout_ms
+    ended = through_outage(lambda: store.suspend(attempt.step, attempt.id, digest, expires_ms), max_s=OUTAGE_MAX_S)
+    if ended.outcome == "stale":
+        events.emit(Event.STEP_STALE_CLAIM, state="fenced")
+        return Result("stale")
+    events.emit(Event.STEP_SUSPENDED, digest=digest)
+    _emit_run_end(ended)
+    return Result("suspended", _ready(ended))
+
+
+def _call(attempt: Attempt) -> Answer:
+    claim = attempt.claim
+    work = Work(
+        run_id=attempt.step.run_id,
+        attempt_id=attempt.id,
+        pipeline=attempt.pipeline.name,
+        agent=attempt.agent,
+        generation=claim.generation,
+        number=claim.number,
+        input=claim.input,
+        outputs=claim.outputs,
+        deadline=attempt.deadline,
+        feedback=claim.feedback,
+    )
+    _warn_once_a_run(attempt)
+    tracing = attempt.pipeline.tracing
+    limit = attempt.worker.settings.log_value_max_bytes
+    if tracing.enabled and tracing.log_inputs:
+        events.emit(Event.STEP_INPUT, inputs=capped(_inputs_to_show(attempt), limit))
+    if attempt.handler:
+        from app.agents import handlers
+
+        answer = handlers.call(attempt.handler, work, RecordedEffects(attempt), attempt.worker.settings)
+    else:
+        from app.agents import claude
+
+        answer = claude.call(work, attempt.worker.settings)
+    if tracing.enabled and tracing.log_outputs:
+        shown = redact(answer.output, attempt.agent.schema)
+        events.emit(Event.STEP_OUTPUT, output=capped(shown, limit))
+    return answer
+
+
+def _inputs_to_show(attempt: Attempt) -> "Json":
+    """What the attempt was given, without what the schemas mark as sensitive."""
+    pipeline, claim = attempt.pipeline, attempt.claim
+    outputs = {name: redact(output, pipeline.by_id[name].schema) for name, output in claim.outputs.items()}
+    return {"input": redact(claim.input, pipeline.input_schema), "outputs": outputs}
+
+
+def _warn_once_a_run(attempt: Attempt) -> None:
+    """Says what the file asks for and does not get, at the first attempt of the first agent."""
+    if attempt.agent != attempt.pipeline.agents[0] or attempt.claim.number > 1:
+        return
+    from app.pipelines.loader import not_built
+
+    for sentence in not_built(attempt.pipeline):
+        events.emit(Event.FIELD_NOT_BUILT, message=sentence)
+    aliases = attempt.worker.settings.model_aliases
+    for model in sorted({agent.model for agent in attempt.pipeline.agents if agent.model in aliases}, key=str):
+        assert model is not None
+        events.emit(Event.MODEL_ALIASED, model=model, runs_on=aliases[model])
+
+
+def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None) -> Result:
+    """Commits. The answer is held, and its commit repeated, until Postgres takes it or the fence refuses it."""
+    paid = Paid(answer.model, answer.request_id, answer.usage, answer.cost_usd)
+    store = attempt.worker.store
+    try:
+        ended = through_outage(
+            lambda: store.complete(attempt.step, attempt.id, answer.output, paid, reused_from), max_s=OUTAGE_MAX_S
+        )
+    except DataError as error:
+        reason = str(error.orig).splitlines()[0]
+        refused = InvalidOutput(f"Postgres refuses the output: {reason}", usage=paid.usage, cost_usd=paid.cost_usd)
+        return _fail(attempt, refused)
+    if ended.outcome == "stale":
+        events.emit(Event.STEP_STALE_CLAIM, state="fenced", cost_usd=answer.cost_usd)
+        return Result("stale")
+    events.emit(Event.STEP_REUSED if reused_from else Event.STEP_COMPLETED, cost_usd=answer.cost_usd)
+    _emit_run_end(ended)
+    return Result("completed", _ready(ended))
+
+
+def _fail(attempt: Attempt, error: AgentError) -> Result:
+    ending = decide(
+        error,
+        attempt.agent,
+        failures=attempt.claim.failures,
+        waits=attempt.claim.waits,
+        rounds=attempt.claim.rounds,
+        random_0_to_1=random.random(),  # noqa: S311  # spreads retries; nothing is guessed from it
+    )
+    model = attempt.agent.model
+    runs_on = attempt.worker.settings.model_aliases.get(model, model) if model else None
+    paid = Paid(runs_on, None, error.usage, error.cost_usd)
+    stored = error_json(attempt, error)
+    try:
+        ended = _store_failure(attempt, stored, paid, ending)
+    except Exception as unstorable:  # noqa: BLE001  # an error that cannot be stored must not leave its step executing
+        stored = error_json(attempt, _internal(unstorable))
+        ended = _store_failure(attempt, stored, Paid(), ending)
+    if ended.outcome == "stale":
+        events.emit(Event.STEP_STALE_CLAIM, state="fenced", code=error.code)
+        return Result("stale")
+    events.emit(
+        _FAILED[ending.action],
+        code=error.code,
+        message=stored["message"],
+        retry_ms=ending.retry_ms,
+        cost_usd=error.cost_usd,
+    )
+    _emit_run_end(ended)
+    return Result(ended.outcome, _ready(ended), error)
+
+
+def _store_failure(attempt: Attempt, stored: "Json", paid: Paid, ending: Ending) -> Ended:
+    store = attempt.worker.store
+    return through_outage(lambda: store.fail(attempt.step, attempt.id, stored, paid, ending), max_s=OUTAGE_MAX_S)
+
+
+def _ready(ended: Ended) -> tuple[str, ...]:
+    return tuple(step.agent for step in ended.ready)
+
+
+_FAILED = {"retry": Event.STEP_RETRY_SCHEDULED, "discard": Event.STEP_DISCARDED, "rerun": Event.STEP_RERUN}
+
+
+def error_json(attempt: Attempt, error: AgentError) -> "Json":
+    """The stored form of an error, redacted and bounded; the dead letter is made of it."""
+    limit = attempt.worker.settings.log_value_max_bytes
+    next_step = error.next_step or f"When the cause is mended: stepfast resume {attempt.step.run_id}"
+    return {
+        "code": error.code,
+        "who": error.who,
+        "message": capped(redact(error.message), limit),
+        "next_step": capped(next_step, limit),
+        "details": capped(redact(error.details), limit),
+    }
+
+
+def _internal(error: Exception) -> AgentError:
+    frames = "".join(traceback.format_exception(error))[-4_000:]
+    return HandlerFailed(f"{type(error).__name__}: {error}", details={"traceback": frames})
+
+
+def _emit_run_end(ended: Ended) -> None:
+    if ended.run_state == "completed":
+        events.emit(Event.RUN_COMPLETED)
+    elif ended.run_state == "suspended":
+        events.emit(Event.RUN_SUSPENDED)
+    elif ended.run_state == "failed" and ended.outcome == "discarded":
+        events.emit(Event.RUN_FAILED)
+
+
+class RecordedEffects:
+    """`ctx.once`'s record, guarded by the attempt."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._store = attempt.worker.store
+
+    def begin(self, key: str) -> Effect:
+        step, attempt_id = self._attempt.step, self._attempt.id
+        answer = through_outage(lambda: self._store.begin_effect(step, attempt_id, key), max_s=OUTAGE_MAX_S)
+        self._fence(answer)
+        return Effect(EffectState(answer["state"]), answer.get("output"))
+
+    def finish(self, key: str, output: "Json") -> None:
+        self._end(key, output)
+
+    def forget(self, key: str) -> None:
+        self._end(key, None)
+
+    def _end(self, key: str, output: "Json | None") -> None:
+        step, attempt_id = self._attempt.step, self._attempt.id
+        self._fence(through_outage(lambda: self._store.end_effect(step, attempt_id, key, output), max_s=OUTAGE_MAX_S))
+
+    def _fence(self, answer: "Json") -> None:
+        if answer["state"] == "stale":
+            raise StaleClaim("This attempt was fenced.")

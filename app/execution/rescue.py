@@ -1,0 +1,81 @@
+"""The sweep: once a second in every worker, so that nothing waits for ever.
+
+Due retries, workers that are gone, runs that plain SQL enqueued, messages that were lost, dead letters not yet sent. An
+idle worker spends one statement on it.
+"""
+
+import threading
+from typing import TYPE_CHECKING
+
+from app import events
+from app.events import Event
+from app.execution import canvas, dead_queue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from app.execution.worker import Worker
+
+BATCH = 500
+_ROUNDS_MAX = 20
+# A message that is sent and not claimed for so long, while its queue is empty, was lost.
+RESEND_MS = 2_000
+
+
+def sweep(worker: "Worker") -> None:
+    """One sweep. What it cannot finish, the next one finds again."""
+    configured = worker.settings
+    swept = worker.store.sweep(
+        lease_ms=round(configured.lease_s * 1000),
+        grace_ms=round(configured.grace_s * 1000),
+        resend_ms=RESEND_MS,
+        limit=BATCH,
+    )
+    for worker_id in swept.lost:
+        events.emit(Event.WORKER_LOST, worker=worker_id)
+    for rescued in swept.rescued:
+        events.emit(Event.STEP_RESCUED, **rescued)
+    if swept.unsent or swept.due or swept.rescued:
+        _send_unsent(worker)
+    if swept.overdue:
+        empty = dead_queue.empty_queues(swept.overdue)
+        overdue = worker.store.take_overdue(empty, RESEND_MS, BATCH)
+        canvas.send_unsent(overdue, worker.definition)
+    if swept.unpublished or any(entry["code"] != "worker_lost" for entry in swept.rescued):
+        dead_queue.publish_pending(worker.store, configured.dead_queue_max)
+
+
+def _send_unsent(worker: "Worker") -> None:
+    for _ in range(_ROUNDS_MAX):
+        unsent = worker.store.take_unsent(None, BATCH)
+        canvas.send_unsent(unsent, worker.definition)
+        if len(unsent) < BATCH:
+            return
+
+
+class Sweeper:
+    """A thread that sweeps until it is stopped. It begins whatever is away just then, and goes on when it is back."""
+
+    def __init__(self, current: "Callable[[], Worker]", pause_s: float) -> None:
+        self._current = current
+        self._pause_s = pause_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stepfast-sweeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        declared = False
+        while not self._stopping.wait(self._pause_s):
+            try:
+                sweep(self._current())
+                if not declared:
+                    dead_queue.declare_strays()
+                    declared = True
+            except Exception as error:  # noqa: BLE001  # whatever it was, the next sweep tries again
+                events.emit(Event.SWEEP_FAILED, error=str(error).splitlines()[0] if str(error) else repr(error))

@@ -1,0 +1,202 @@
+"""What every entry point calls: publish, start, resume. Each is safe to call again."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from app import events
+from app.agents.outputs import check_output
+from app.errors import Misuse, UnknownName
+from app.events import Event
+from app.execution import canvas
+from app.pipelines.report import nearest
+from app.runs.orders import Orders
+from app.runs.reads import Reads
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from app.execution.worker import Worker
+    from app.pipelines.model import Agent, Json, Pipeline
+
+_STEPS_AT_ONCE_MAX = 1_000
+_PROBLEMS_MAX = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """`created` is False where the key had started this run before."""
+
+    run_id: "UUID"
+    created: bool
+
+
+def publish(worker: "Worker", pipeline: "Pipeline") -> bool:
+    """Stores a definition and moves its name to it. Returns whether it was new.
+
+    Raises Misuse where the version exists with other content.
+    """
+    new = worker.store.publish(pipeline)
+    if new:
+        events.emit(Event.PIPELINE_PUBLISHED, pipeline=pipeline.name, version=pipeline.version, hash=pipeline.hash)
+    return new
+
+
+def start(
+    worker: "Worker",
+    pipeline: str,
+    run_input: "Json",
+    *,
+    key: str | None = None,
+    tenant: str = "default",
+    labels: "Json | None" = None,
+    priority: int = 0,
+) -> Started:
+    """Starts a run of a published pipeline and sends its first steps.
+
+    Raises UnknownName (pipeline), Misuse (the input is too large, no JSON, or not in the pipeline's input_schema) and
+    KeyConflict. The run is committed before anything is sent: a broker that is away delays it and loses nothing.
+    """
+    current = Reads(worker.store.engine).current_hash(pipeline)
+    if current is None:
+        raise UnknownName(f"No pipeline is published as {pipeline}.", next_step="Run: stepfast publish SKILL")
+    check_input(run_input, worker.settings.input_max_bytes, worker.definition(current).input_schema)
+    run_id, created = worker.store.enqueue(
+        pipeline, run_input, key=key, tenant=tenant, labels=labels, priority=priority
+    )
+    if created:
+        events.emit(Event.RUN_ENQUEUED, run_id=str(run_id), pipeline=pipeline)
+    dispatch(worker, run_id)
+    return Started(run_id, created)
+
+
+def resume(worker: "Worker", run_id: "UUID", by: str, *, from_agent: str | None = None) -> tuple[str, ...]:
+    """Continues a failed, cancelled or partial run from its last checkpoint; or, from an agent, in a new generation.
+
+    Returns the agents that run again. Raises NotPossible, UnknownName.
+    """
+    orders = Orders(worker.store.engine)
+    if from_agent is None:
+        agents = orders.resume(run_id, by)
+    else:
+        _known_agent(worker, run_id, from_agent)
+        agents = orders.resume_from(run_id, from_agent, by)
+    events.emit(Event.RUN_RESUMED, run_id=str(run_id), agents=agents, by=by, from_agent=from_agent)
+    dispatch(worker, run_id)
+    return agents
+
+
+def override(
+    worker: "Worker", run_id: "UUID", agent_id: str, output: "Json", *, by: str, reason: str | None = None
+) -> tuple[str, ...]:
+    """Gives an agent an output by a person's hand. Returns the agents that are done again on it.
+
+    Raises InvalidOutput where it does not fit the agent's schema; NotPossible, UnknownName.
+    """
+    agent = _known_agent(worker, run_id, agent_id)
+    checked = check_output(output, agent, worker.settings.output_max_bytes)
+    agents = Orders(worker.store.engine).override(run_id, agent_id, checked, by, reason)
+    events.emit(Event.STEP_OVERRIDDEN, run_id=str(run_id), agent=agent_id, by=by, reason=reason)
+    dispatch(worker, run_id)
+    return agents
+
+
+def cancel(worker: "Worker", run_id: "UUID", *, by: str, reason: str | None = None) -> None:
+    """Ends a run that has not ended; what executes is fenced. Raises NotPossible."""
+    Orders(worker.store.engine).cancel(run_id, by, reason)
+    events.emit(Event.RUN_CANCELLED, run_id=str(run_id), by=by, reason=reason)
+
+
+def decide(
+    worker: "Worker",
+    run_id: "UUID",
+    agent_id: str,
+    *,
+    approved: bool,
+    by: str,
+    reason: str | None = None,
+    digest: str | None = None,
+) -> str:
+    """Approves or rejects what an agent waits for. Returns approved, rejected, or expired (it came too late).
+
+    `digest` binds the decision to what the person saw. Raises NotPossible, UnknownName.
+    """
+    _known_agent(worker, run_id, agent_id)
+    orders = Orders(worker.store.engine)
+    decision = orders.decide(run_id, agent_id, approved=approved, digest=digest, by=by, reason=reason)
+    events.emit(Event(f"step.{decision}"), run_id=str(run_id), agent=agent_id, by=by, reason=reason)
+    dispatch(worker, run_id)
+    return decision
+
+
+def known_agent(pipeline: "Pipeline", agent_id: str) -> "Agent":
+    """The agent of a pipeline. Raises UnknownName, with the nearest name."""
+    if agent_id not in pipeline.by_id:
+        raise UnknownName(
+            f"{pipeline.name} has no agent {agent_id}.{nearest(agent_id, pipeline.by_id)}",
+            next_step=f"It has {', '.join(pipeline.by_id)}.",
+        )
+    return pipeline.by_id[agent_id]
+
+
+def _known_agent(worker: "Worker", run_id: "UUID", agent_id: str) -> "Agent":
+    return known_agent(worker.definition(Reads(worker.store.engine).pipeline_hash(run_id)), agent_id)
+
+
+def dispatch(worker: "Worker", run_id: "UUID") -> None:
+    """Sends whatever of a run may start and is not sent yet."""
+    canvas.send_unsent(worker.store.take_unsent(run_id, _STEPS_AT_ONCE_MAX), worker.definition)
+
+
+def check_input(run_input: object, max_bytes: int, schema: "Json | None") -> None:
+    """Raises Misuse, in one sentence, for an input that Postgres or the pipeline would refuse."""
+    if not isinstance(run_input, dict):
+        raise Misuse("The input must be a JSON object.")
+    try:
+        # First, since it finds what contains itself, which the walk below would follow for ever.
+        size = len(json.dumps(run_input, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError) as error:
+        raise Misuse("The input contains itself, or is nested too deeply.") from error
+    except TypeError:
+        size = 0  # the walk names the place
+    _check_values(run_input, "input")
+    if size > max_bytes:
+        raise Misuse(
+            f"The input has {size:,} bytes; at most {max_bytes:,} are taken.",
+            next_step="Pass a path or an address of the data, or raise STEPFAST_INPUT_MAX_BYTES.",
+        )
+    if schema is not None:
+        from jsonschema import Draft202012Validator
+
+        found = sorted(
+            Draft202012Validator(schema).iter_errors(run_input), key=lambda error: list(map(str, error.path))
+        )
+        if found:
+            said = "; ".join(
+                f"{error.json_path.replace('$', 'input', 1)}: {error.message}" for error in found[:_PROBLEMS_MAX]
+            )
+            raise Misuse(f"The input does not fit the pipeline's input_schema: {said[:2000]}")
+
+
+def _check_values(root: object, name: str) -> None:  # noqa: C901  # one branch a kind of value
+    """Postgres takes no NUL, no lone surrogate and no NaN in JSON. Iterative: an input may be nested deeply."""
+    waiting: list[tuple[str, object]] = [(name, root)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, str):
+            if "\x00" in value:
+                raise Misuse(f"{place} holds a NUL byte.", next_step="Remove it, or encode the data as base64.")
+            if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise Misuse(f"{place} holds a lone surrogate, which is no text.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise Misuse(f"{place} is {value}, which is no JSON.")
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                if not isinstance(key, str):
+                    raise Misuse(f"{place} has the key {key!r}, which is no text.")
+                waiting += [(f"{place}, a key", key), (f"{place}.{key}", entry)]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{place}[{number}]", entry) for number, entry in enumerate(value)]
+        elif value is not None and not isinstance(value, bool | int | float):
+            raise Misuse(f"{place} is a {type(value).__name__}, which is no JSON.")

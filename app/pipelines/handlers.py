@@ -1,0 +1,45 @@
+"""What a handlers.py defines, read without running it."""
+
+import ast
+import warnings
+
+from app.pipelines.report import Place, Unreadable
+
+
+def functions(text: str) -> dict[str, tuple[Place, str | None]]:
+    """Each name that the module binds -> its place, and what keeps it from being a handler. Raises Unreadable.
+
+    A handler is called with one argument, its context. Of a name that is imported or assigned, nothing more is known.
+    """
+    found: dict[str, tuple[Place, str | None]] = {}
+    for node in _parse(text).body:
+        place = (node.lineno, node.col_offset + 1)
+        match node:
+            case ast.FunctionDef():
+                takes_one = _takes_one(node.args)
+                found[node.name] = (place, None if takes_one else f"{node.name} must take one argument, its context.")
+            case ast.AsyncFunctionDef():
+                found[node.name] = (place, f"{node.name} is async: write a plain def.")
+            case ast.Import() | ast.ImportFrom():
+                found |= {alias.asname or alias.name: (place, None) for alias in node.names}
+            case ast.Assign():
+                found |= {target.id: (place, None) for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def _parse(text: str) -> ast.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a handler's own, such as an odd escape, are not ours to report
+            return ast.parse(text)
+    except SyntaxError as error:
+        raise Unreadable((error.lineno or 1, error.offset or 1), f"is not Python: {error.msg}.") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise Unreadable((1, 1), f"is not Python: {error}.") from error
+
+
+def _takes_one(args: ast.arguments) -> bool:
+    positional = len(args.posonlyargs) + len(args.args)
+    required = positional - len(args.defaults)
+    required_keywords = [default for default in args.kw_defaults if default is None]
+    return required <= 1 and (positional >= 1 or args.vararg is not None) and not required_keywords

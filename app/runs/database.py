@@ -1,0 +1,143 @@
+"""The connection to Postgres: the engine, readiness, and migration."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
+from sqlalchemy.pool import NullPool
+
+from app.errors import NotReady
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection, Engine
+
+MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
+
+# Raised when code and database stop understanding each other; `stepfast.meta.min_code_version` may not be above it.
+CODE_VERSION = 1
+
+# A statement that waits longer is a bug or an outage: the step's own retry is better than a hung worker.
+STATEMENT_TIMEOUT_MS = 10_000
+LOCK_TIMEOUT_MS = 5_000
+CONNECT_TIMEOUT_S = 5
+# A peer that vanished without a word (a lost host, a cut network) is noticed by the kernel within seconds, not hours.
+LIVELINESS = {
+    "connect_timeout": CONNECT_TIMEOUT_S,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+# A migration waits this long for a lock that a worker holds, and gives up rather than stand in everybody's way.
+MIGRATION_LOCK_TIMEOUT_MS = 10_000
+MIGRATION_TIMEOUT_MS = 600_000
+
+
+def engine(url: str, *, pool_max: int) -> "Engine":
+    """An engine in autocommit: each of the store's functions is one statement and so one transaction, one round trip.
+
+    No ping before use, which would be a second round trip: whoever must not fail at a lost connection repeats its call.
+    """
+    address = make_url(url)
+    options = (
+        f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS} -c timezone=UTC"
+        " -c application_name=stepfast -c idle_in_transaction_session_timeout=30000"
+        # The last one counts: what the URL says wins.
+        f" {address.query.get('options', '')}"
+    )
+    return create_engine(
+        address.difference_update_query(["options"]),
+        isolation_level="AUTOCOMMIT",
+        pool_size=pool_max,
+        max_overflow=0,
+        pool_timeout=30,
+        # An error's text must not carry outputs into the logs.
+        hide_parameters=True,
+        connect_args={**LIVELINESS, "options": options},
+    )
+
+
+def is_outage(error: DBAPIError) -> bool:
+    """Whether the server or the connection is gone or overloaded, rather than the statement wrong.
+
+    By the classes of SQLSTATE: connection, rollback by the server, resources, shutdown; lock and statement timeouts.
+    """
+    state = getattr(error.orig, "sqlstate", None)
+    if state is None:
+        return isinstance(error, OperationalError) or error.connection_invalidated
+    return state[:2] in {"08", "40", "53"} or state.startswith("57P") or state in {"55P03", "57014", "25006"}
+
+
+@contextmanager
+def readiness() -> "Iterator[None]":
+    """Turns what goes wrong with the server itself into NotReady, in a sentence."""
+    try:
+        yield
+    except ProgrammingError as error:
+        if getattr(error.orig, "sqlstate", "") in {"3F000", "42P01", "42883"}:
+            raise NotReady("The database has no Stepfast tables.", next_step="Run: stepfast migrate") from error
+        raise
+    except DBAPIError as error:
+        if not is_outage(error):
+            raise
+        reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else "no answer"
+        raise NotReady(
+            f"Postgres cannot be used: {reason}", next_step="Check STEPFAST_DATABASE_URL and that the server runs."
+        ) from error
+
+
+def check_ready(connection: "Connection") -> None:
+    """Raises NotReady where the database is not migrated, behind this code's migrations, or too new for this code."""
+    with readiness():
+        revision = connection.execute(text("select version_num from stepfast.alembic_version")).scalar_one_or_none()
+        minimum = connection.execute(text("select min_code_version from stepfast.meta")).scalar_one()
+    if minimum > CODE_VERSION:
+        raise NotReady(
+            f"The database asks for code version {minimum}, and this is {CODE_VERSION}.", next_step="Upgrade Stepfast."
+        )
+    # A newer revision than ours is fine: migrations are compatible with running workers.
+    if revision is None or revision < head_revision():
+        raise NotReady(
+            f"The database is at migration {revision}, and this code needs {head_revision()}.",
+            next_step="Run: stepfast migrate",
+        )
+
+
+def head_revision() -> str:
+    """The newest migration of this code. They are numbered, so that text order is their order."""
+    return max(path.name.split("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
+
+
+def migrate(url: str, *, revision: str = "head") -> tuple[str | None, str | None]:
+    """Brings the schema to a revision ("base" removes it). Returns the revisions before and after.
+
+    Several may call at once: one migrates, the others wait and find nothing to do.
+    """
+    from alembic import command
+    from alembic.config import Config
+    from alembic.migration import MigrationContext
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    once = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+    with readiness(), once.connect() as connection:
+        connection.execute(text(f"set lock_timeout = {MIGRATION_LOCK_TIMEOUT_MS}"))
+        connection.execute(text(f"set statement_timeout = {MIGRATION_TIMEOUT_MS}"))
+        # (7083, -1): beside the workers' ids, which are positive, and the sweeper's 0.
+        connection.execute(text("select pg_advisory_xact_lock(7083, -1)"))
+        connection.execute(text("create schema if not exists stepfast"))
+        config.attributes["connection"] = connection
+        state = MigrationContext.configure(connection, opts={"version_table_schema": "stepfast"})
+        before = state.get_current_revision()
+        if revision == "base":
+            command.downgrade(config, revision)
+        else:
+            command.upgrade(config, revision)
+        after = state.get_current_revision()
+        connection.commit()
+    return before, after

@@ -1,0 +1,188 @@
+"""What a resume would do, agent by agent: what it reuses, does again, or reuses although it is stale. Pure.
+
+The states after the resume come from `Orders.rehearse`, so that the plan is what the resume itself would do.
+"""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from app.runs.states import StepState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from app.pipelines.model import Agent, Json, Pipeline
+
+REUSE = "reuse"  # completed; its output is kept
+STALE = "stale"  # likewise, though what it was made from has changed, or will
+RERUN = "re-run"  # will be executed
+GOES_ON = "goes on"  # is under way, and is left alone
+
+_OWN_WORD = {"model": "model", "prompt": "prompt", "schema": "schema", "output_schema": "schema", "handler": "handler"}
+_ENDED_BADLY = {StepState.DISCARDED, StepState.CANCELLED, StepState.SKIPPED}
+
+
+def resume_plan(
+    run: "Json",
+    after: "Mapping[str, tuple[str, int]]",
+    pinned: "Pipeline",
+    published: "Pipeline | None",
+    *,
+    code_here: "Mapping[str, str | None]",
+    effects: "Sequence[Json]",
+) -> "Json":
+    """The plan, of plain JSON types.
+
+    `run` is as `Reads.run` gives it, `after` each agent's state and generation once resumed, `published` the definition
+    that new runs take, `code_here` the hash of each handler's code in this environment (None: not found here).
+
+    Keys: run_id, pipeline, pinned and published ({version, hash}), published_changes (agent: what differs), agents,
+    effects and approvals (those of `agents`), saved_usd, estimate_usd, unpriced (agents that never had a price). Each
+    of `agents` has agent, verdict (reuse, stale, re-run, goes on), reason, generation, changed (input, handler code),
+    published_changes, cost_usd (of what is kept, or what it cost before), effects ({key, state}) and approval.
+    """
+    steps = {step["agent"]: step for step in run["steps"]}
+    differs = _published_changes(pinned, published) if published else {}
+    agents = []
+    for name, step in steps.items():
+        verdict, reason = _verdict(step, *after[name])
+        kept = verdict == REUSE
+        changed = _input_changes(step, steps, after, pinned.by_id[name]) if kept else []
+        if _code_changed(step, code_here.get(name)):
+            changed.append("handler code")
+        reopened = after[name][1] > step["generation"]
+        agents.append(
+            {
+                "agent": name,
+                "verdict": STALE if kept and changed else verdict,
+                "reason": reason,
+                "generation": after[name][1],
+                "changed": changed,
+                "published_changes": differs.get(name, []),
+                "cost_usd": _cost(step, kept=kept),
+                "effects": _repeats(step, pinned.by_id[name], effects) if reopened else [],
+                "approval": verdict == RERUN and _asked_again(run, step, after, pinned.by_id[name], changed),
+            }
+        )
+    return {
+        "run_id": run["id"],
+        "pipeline": run["pipeline"],
+        "pinned": _named(pinned),
+        "published": _named(published) if published else None,
+        "published_changes": differs,
+        "agents": agents,
+        **_sums(agents, pinned),
+    }
+
+
+def _verdict(step: "Json", state: str, generation: int) -> tuple[str, str]:
+    before = step["state"]
+    if generation > step["generation"]:
+        return (RERUN, f"again, in generation {generation}") if state in _TO_DO else (before, "")
+    if state == StepState.COMPLETED:
+        return REUSE, "overridden by hand" if _current(step).get("decided_by") else "completed"
+    if before in _ENDED_BADLY and state in _TO_DO:
+        return RERUN, f"it was {before}"
+    if before == StepState.PENDING:
+        return RERUN, "it waits to begin again" if step["tries"] else "it has not begun"
+    return (GOES_ON if state == before else state), before
+
+
+_TO_DO = {StepState.PENDING, StepState.AVAILABLE}
+
+
+def _current(step: "Json") -> "Json":
+    return next((entry for entry in step["tries"] if entry["id"] == step["attempt_id"]), {})
+
+
+def _input_changes(
+    step: "Json", steps: "Mapping[str, Json]", after: "Mapping[str, tuple[str, int]]", agent: "Agent"
+) -> "list[str]":
+    """Whether what a kept output was made from is no longer what stands there, or will not be."""
+    entry = _current(step)
+    if not entry or entry["decided_by"]:
+        return []
+    for name in agent.reads:
+        now = _current(steps[name]).get("output_hash") if steps[name]["state"] == StepState.COMPLETED else None
+        was = entry["reads"].get(name, {}).get("hash")
+        if after[name][0] != StepState.COMPLETED or now != was:
+            return ["input"]
+    return []
+
+
+def _code_changed(step: "Json", here: str | None) -> bool:
+    past = [entry["code_hash"] for entry in step["tries"] if entry["code_hash"]]
+    return bool(past) and here is not None and past[-1] != here
+
+
+def _cost(step: "Json", *, kept: bool) -> float | None:
+    """What the kept output cost; else what the step's last paid attempt cost, as the best guess there is."""
+    if kept:
+        return _current(step).get("cost_usd")
+    return next((entry["cost_usd"] for entry in reversed(step["tries"]) if entry["cost_usd"] is not None), None)
+
+
+def _repeats(step: "Json", agent: "Agent", effects: "Sequence[Json]") -> "list[Json]":
+    """The effects that a new generation does again: those on record, or that there may be some off the record."""
+    recorded = [
+        {"key": effect["key"], "state": effect["state"]} for effect in effects if effect["agent"] == step["agent"]
+    ]
+    began = [entry for entry in step["tries"] if entry["state"] in {"completed", "failed", "lost"}]
+    unrecorded = agent.handler and not agent.idempotent and any(not entry["repeatable"] for entry in began)
+    return recorded or ([{"key": None, "state": "unrecorded"}] if unrecorded else [])
+
+
+def _asked_again(
+    run: "Json",
+    step: "Json",
+    after: "Mapping[str, tuple[str, int]]",
+    agent: "Agent",
+    changed: "Sequence[str]",
+) -> bool:
+    """An approval holds for what was approved: the same generation, inputs and code."""
+    if not agent.requires_human_approval:
+        return False
+    given = [entry for entry in run["approvals"] if entry["agent"] == agent.id and entry["state"] == "approved"]
+    same = all(after[name] == (StepState.COMPLETED, _generation_of(run, name)) for name in agent.reads)
+    return not given or after[agent.id][1] > step["generation"] or bool(changed) or not same
+
+
+def _generation_of(run: "Json", agent: str) -> int:
+    return next(int(step["generation"]) for step in run["steps"] if step["agent"] == agent)
+
+
+def _published_changes(pinned: "Pipeline", published: "Pipeline") -> "dict[str, list[str]]":
+    """By agent, what the published definition has that the run's own has not."""
+    found: dict[str, list[str]] = {}
+    for agent in pinned.agents:
+        other = published.by_id.get(agent.id)
+        if other is None:
+            found[agent.id] = ["it is gone"]
+        elif changes := _differences(asdict(agent), asdict(other)):
+            found[agent.id] = changes
+    return found | {agent.id: ["it is new"] for agent in published.agents if agent.id not in pinned.by_id}
+
+
+def _differences(old: "Json", new: "Json") -> "list[str]":
+    names = [name for name in old if old[name] != new[name]]
+    words = sorted({_OWN_WORD[name] for name in names if name in _OWN_WORD})
+    rest = [name for name in names if name not in _OWN_WORD]
+    return words + ([f"definition ({', '.join(rest)})"] if rest else [])
+
+
+def _named(pipeline: "Pipeline") -> "Json":
+    return {"version": pipeline.version, "hash": pipeline.hash}
+
+
+def _sums(agents: "Sequence[Json]", pinned: "Pipeline") -> "Json":
+    kept = [entry for entry in agents if entry["verdict"] in {REUSE, STALE}]
+    again = [entry for entry in agents if entry["verdict"] == RERUN]
+    return {
+        "effects": [{"agent": entry["agent"], **effect} for entry in agents for effect in entry["effects"]],
+        "approvals": [entry["agent"] for entry in agents if entry["approval"]],
+        "saved_usd": round(sum(entry["cost_usd"] or 0.0 for entry in kept), 6),
+        "estimate_usd": round(sum(entry["cost_usd"] or 0.0 for entry in again), 6),
+        "unpriced": [
+            entry["agent"] for entry in again if entry["cost_usd"] is None and pinned.by_id[entry["agent"]].model
+        ],
+    }

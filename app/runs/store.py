@@ -1,0 +1,445 @@
+"""What changes a run: one method for each of the database's functions, one round trip each.
+
+Every method may raise SQLAlchemy's DBAPIError for an outage; whoever must not fail at one repeats the call with the
+same attempt id, and gets the same answer. Nothing here decides: `execution` does, and the functions in migrations/sql.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID
+
+from sqlalchemy import bindparam, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.types import BigInteger, Boolean, Double, Integer, Text
+
+from app.errors import KeyConflict, Misuse, UnknownName
+from app.pipelines.model import Pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from sqlalchemy import Engine, TextClause
+    from sqlalchemy.types import TypeEngine
+
+    from app.pipelines.model import Agent, Json
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StepKey:
+    """Which step: (run, agent, item). `item` is empty until agents fan out over a list."""
+
+    run_id: UUID
+    agent: str
+    item: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bid:
+    """A request to claim a step for one attempt.
+
+    `timeout_ms` is when others may take the step away again; `wait_ms` is how long the step waits where another run
+    holds its key; `repeatable` says that dying under it is harmless.
+    """
+
+    step: StepKey
+    agent: "Agent"
+    pipeline_hash: str
+    attempt_id: UUID
+    worker_id: int
+    timeout_ms: int
+    wait_ms: int
+    repeatable: bool
+    code_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The answer to a claim. `outcome` is claimed, reuse, bad_key, deferred or stale (see claim.sql).
+
+    `approved` is the digest that a person approved; `feedback` what a later gate read when it sent this step back.
+    """
+
+    outcome: str
+    pipeline: str = ""
+    input: "Json" = field(default_factory=dict)
+    outputs: "dict[str, Json]" = field(default_factory=dict)
+    generation: int = 1
+    number: int = 1
+    failures: int = 0
+    waits: int = 0
+    rounds: int = 0
+    feedback: "Json | None" = None
+    approved: str | None = None
+    output: "Json | None" = None
+    reused_from: str | None = None
+    problem: str = ""
+    reason: str = ""
+    state: str | None = None
+    run_state: str | None = None
+    tenant: str = ""
+    held_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The answer to complete and fail. `outcome` is the step's new state, or stale. `ready` are steps to send."""
+
+    outcome: str
+    run_state: str | None
+    ready: tuple[StepKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Paid:
+    """What an attempt's call cost, if it was a model's."""
+
+    model: str | None = None
+    request_id: str | None = None
+    usage: dict[str, int] | None = None
+    cost_usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What becomes of a step whose attempt failed: see fail_v1. `counts` uses up one of its attempts."""
+
+    action: Literal["retry", "discard", "rerun"]
+    counts: bool = True
+    retry_ms: int | None = None
+    rerun: str | None = None
+    feedback: "Json | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """A step that the caller must now send."""
+
+    step: StepKey
+    pipeline_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep did and what must be sent: `due` retries released, steps `expired`, workers `lost`, steps `rescued`.
+
+    Each of `rescued` has run_id, agent, attempt_id, code and reason. `overdue` are queues whose messages may be lost.
+    """
+
+    due: int
+    expired: int
+    lost: tuple[int, ...]
+    rescued: "tuple[Json, ...]"
+    unsent: bool
+    unpublished: bool
+    overdue: tuple[str, ...]
+
+
+def call(function: str, *parameters: tuple[str, "TypeEngine[Any]"], rows: bool = False) -> "TextClause":
+    names = ", ".join(f":{name}" for name, _ in parameters)
+    statement = f"select {'* from ' if rows else ''}stepfast.{function}({names})"  # noqa: S608  # names are ours
+    return text(statement).bindparams(*(bindparam(name, type_=kind) for name, kind in parameters))
+
+
+_JSON = JSONB(none_as_null=True)
+_STEP: tuple[tuple[str, "TypeEngine[Any]"], ...] = (("run", PG_UUID()), ("agent", Text()), ("item", Text()))
+_ATTEMPT = (*_STEP, ("attempt", PG_UUID()))
+_PAID: tuple[tuple[str, "TypeEngine[Any]"], ...] = (
+    ("model", Text()),
+    ("request_id", Text()),
+    ("usage", _JSON),
+    ("cost_usd", Double()),
+)
+
+_ENQUEUE = call(
+    "enqueue_v1",
+    ("pipeline", Text()),
+    ("input", _JSON),
+    ("key", Text()),
+    ("tenant", Text()),
+    ("labels", _JSON),
+    ("priority", Integer()),
+    rows=True,
+)
+_CLAIM = call(
+    "claim_v1",
+    *_STEP,
+    ("pipeline_hash", Text()),
+    ("attempt", PG_UUID()),
+    ("worker", BigInteger()),
+    ("timeout_ms", Integer()),
+    ("repeatable", Boolean()),
+    ("code_hash", Text()),
+    ("reads", ARRAY(Text())),
+    ("key_parts", _JSON),
+    ("key_inputs", _JSON),
+    ("wait_ms", Integer()),
+)
+_DEFER = call("defer_v1", *_STEP, ("delay_ms", Integer()), ("reason", Text()))
+_COMPLETE = call("complete_v1", *_ATTEMPT, ("output", _JSON), *_PAID, ("reused_from", PG_UUID()))
+_FAIL = call(
+    "fail_v1",
+    *_ATTEMPT,
+    ("action", Text()),
+    ("error", _JSON),
+    ("retry_ms", Integer()),
+    ("counts", Boolean()),
+    ("rerun", Text()),
+    ("feedback", _JSON),
+    *_PAID,
+)
+_SUSPEND = call("suspend_v1", *_ATTEMPT, ("digest", Text()), ("expires_ms", BigInteger()))
+_BEGIN_EFFECT = call("begin_effect_v1", *_ATTEMPT, ("key", Text()))
+_END_EFFECT = call("end_effect_v1", *_ATTEMPT, ("key", Text()), ("output", _JSON))
+_TAKE_UNSENT = call("take_unsent_v1", ("run", PG_UUID()), ("limit", Integer()), rows=True)
+_TAKE_OVERDUE = call(
+    "take_overdue_v1", ("queues", ARRAY(Text())), ("resend_ms", Integer()), ("limit", Integer()), rows=True
+)
+_SWEEP = call(
+    "sweep_v1", ("lease_ms", Integer()), ("grace_ms", Integer()), ("resend_ms", Integer()), ("limit", Integer())
+)
+
+_PUBLISH = text("""
+    insert into stepfast.pipelines (hash, name, version, definition, published_at)
+    values (:hash, :name, :version, :definition, stepfast.now()) on conflict (hash) do nothing
+""").bindparams(bindparam("definition", type_=_JSON))
+_MOVE_NAME = text("""
+    insert into stepfast.pipeline_names (name, hash, moved_at) values (:name, :hash, stepfast.now())
+    on conflict (name) do update set hash = excluded.hash, moved_at = excluded.moved_at
+    where pipeline_names.hash <> excluded.hash
+""")
+_DEFINITION = text("select definition from stepfast.pipelines where hash = :hash")
+_UNPUBLISHED = text("""
+    select payload from stepfast.dead_letters where published_at is null order by created_at limit :limit
+""")
+_MARK_PUBLISHED = text(
+    "update stepfast.dead_letters set published_at = stepfast.now() where id = any(:ids)"
+).bindparams(bindparam("ids", type_=ARRAY(PG_UUID())))
+
+
+class Store:
+    """The database's functions, over one engine. Safe for threads; not for use across a fork."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self.engine = engine
+
+    def _one(self, statement: "TextClause", **parameters: object) -> Any:  # noqa: ANN401  # what the function returns
+        with self.engine.connect() as connection:
+            return connection.execute(statement, parameters).scalar()
+
+    def _all(self, statement: "TextClause", **parameters: object) -> "Sequence[Any]":
+        with self.engine.connect() as connection:
+            return connection.execute(statement, parameters).all()
+
+    # Definitions.
+
+    def publish(self, pipeline: Pipeline) -> bool:
+        """Stores a definition and moves its name to it. Returns whether it was new.
+
+        Raises Misuse where the version exists with other content.
+        """
+        try:
+            with self.engine.connect() as connection, connection.begin():
+                stored = connection.execute(
+                    _PUBLISH,
+                    {
+                        "hash": pipeline.hash,
+                        "name": pipeline.name,
+                        "version": pipeline.version,
+                        "definition": pipeline.as_json(),
+                    },
+                )
+                connection.execute(_MOVE_NAME, {"name": pipeline.name, "hash": pipeline.hash})
+                return stored.rowcount == 1
+        except DBAPIError as error:
+            if _sqlstate(error) != "23505":
+                raise
+            raise Misuse(
+                f"{pipeline.name} {pipeline.version} is published already, with other content.",
+                next_step="Give the changed file a new version.",
+            ) from error
+
+    def definition(self, pipeline_hash: str) -> Pipeline:
+        """The definition of a hash. Raises UnknownName."""
+        found = self._one(_DEFINITION, hash=pipeline_hash)
+        if found is None:
+            raise UnknownName(f"No definition with hash {pipeline_hash} is published.")
+        return Pipeline.from_json(found, pipeline_hash)
+
+    # Runs.
+
+    def enqueue(
+        self,
+        pipeline: str,
+        run_input: "Json",
+        *,
+        key: str | None = None,
+        tenant: str = "default",
+        labels: "Json | None" = None,
+        priority: int = 0,
+    ) -> tuple[UUID, bool]:
+        """Starts a run. Returns its id and whether it is new. Raises UnknownName, KeyConflict or Misuse."""
+        try:
+            rows = self._all(
+                _ENQUEUE,
+                pipeline=pipeline,
+                input=run_input,
+                key=key,
+                tenant=tenant,
+                labels=labels or {},
+                priority=priority,
+            )
+        except DBAPIError as error:
+            raise _refusal(error, pipeline) from error
+        return rows[0].run_id, rows[0].created
+
+    # Steps.
+
+    def claim(self, bid: Bid) -> Claim:
+        """Takes an available step for an attempt, with everything that the attempt reads."""
+        answer = self._one(
+            _CLAIM,
+            run=bid.step.run_id,
+            agent=bid.step.agent,
+            item=bid.step.item,
+            pipeline_hash=bid.pipeline_hash,
+            attempt=bid.attempt_id,
+            worker=bid.worker_id,
+            timeout_ms=bid.timeout_ms,
+            repeatable=bid.repeatable,
+            code_hash=bid.code_hash,
+            reads=list(bid.agent.reads),
+            key_parts=list(bid.agent.key_parts),
+            key_inputs=[list(path) for path in bid.agent.key_inputs],
+            wait_ms=bid.wait_ms,
+        )
+        return Claim(**answer)
+
+    def defer(self, step: StepKey, delay_ms: int, reason: str) -> bool:
+        """Puts an available step off, counting against nothing. Returns whether it was available."""
+        return bool(
+            self._one(_DEFER, run=step.run_id, agent=step.agent, item=step.item, delay_ms=delay_ms, reason=reason)
+        )
+
+    def complete(
+        self, step: StepKey, attempt_id: UUID, output: "Json", paid: Paid, reused_from: UUID | None = None
+    ) -> Ended:
+        """Commits an attempt's output and releases what waited for it."""
+        answer = self._one(
+            _COMPLETE,
+            run=step.run_id,
+            agent=step.agent,
+            item=step.item,
+            attempt=attempt_id,
+            output=output,
+            model=paid.model,
+            request_id=paid.request_id,
+            usage=paid.usage,
+            cost_usd=paid.cost_usd,
+            reused_from=reused_from,
+        )
+        return _ended(step, answer)
+
+    def fail(self, step: StepKey, attempt_id: UUID, error: "Json", paid: Paid, ending: "Ending") -> Ended:
+        """Ends a failed attempt, and releases what its failure mode lets go on."""
+        answer = self._one(
+            _FAIL,
+            run=step.run_id,
+            agent=step.agent,
+            item=step.item,
+            attempt=attempt_id,
+            action=ending.action,
+            error=error,
+            retry_ms=ending.retry_ms,
+            counts=ending.counts,
+            rerun=ending.rerun,
+            feedback=ending.feedback,
+            model=paid.model,
+            request_id=paid.request_id,
+            usage=paid.usage,
+            cost_usd=paid.cost_usd,
+        )
+        return _ended(step, answer)
+
+    def suspend(self, step: StepKey, attempt_id: UUID, digest: str, expires_ms: int | None) -> Ended:
+        """Ends an attempt that found that a person must approve `digest` first."""
+        answer = self._one(
+            _SUSPEND,
+            run=step.run_id,
+            agent=step.agent,
+            item=step.item,
+            attempt=attempt_id,
+            digest=digest,
+            expires_ms=expires_ms,
+        )
+        return _ended(step, answer)
+
+    def begin_effect(self, step: StepKey, attempt_id: UUID, key: str) -> "Json":
+        """{"state": new | happened | unknown | stale, "output": …}."""
+        return self._one(  # type: ignore[no-any-return]
+            _BEGIN_EFFECT, run=step.run_id, agent=step.agent, item=step.item, attempt=attempt_id, key=key
+        )
+
+    def end_effect(self, step: StepKey, attempt_id: UUID, key: str, output: "Json | None") -> "Json":
+        """{"state": ended | stale}. Without an output: it did not happen."""
+        return self._one(  # type: ignore[no-any-return]
+            _END_EFFECT, run=step.run_id, agent=step.agent, item=step.item, attempt=attempt_id, key=key, output=output
+        )
+
+    # Sending and rescue.
+
+    def take_unsent(self, run_id: UUID | None, limit: int) -> tuple[Unsent, ...]:
+        """Marks available steps as sent; the caller sends them. Of one run, or of all."""
+        return _unsent(self._all(_TAKE_UNSENT, run=run_id, limit=limit))
+
+    def take_overdue(self, queues: "Collection[str]", resend_ms: int, limit: int) -> tuple[Unsent, ...]:
+        """Marks the overdue steps of these queues as sent again; the caller sends them."""
+        return _unsent(self._all(_TAKE_OVERDUE, queues=list(queues), resend_ms=resend_ms, limit=limit))
+
+    def sweep(self, *, lease_ms: int, grace_ms: int, resend_ms: int, limit: int) -> Swept:
+        """Releases due retries, takes steps away from workers that are gone, and says what must be sent."""
+        answer = self._one(_SWEEP, lease_ms=lease_ms, grace_ms=grace_ms, resend_ms=resend_ms, limit=limit)
+        return Swept(**answer | {name: tuple(answer[name]) for name in ("lost", "rescued", "overdue")})
+
+    # Dead letters.
+
+    def unpublished_dead_letters(self, limit: int) -> "list[Json]":
+        """Payloads of dead letters whose message was not sent, oldest first."""
+        return [row.payload for row in self._all(_UNPUBLISHED, limit=limit)]
+
+    def mark_published(self, ids: "Collection[UUID]") -> None:
+        """Records that their messages were sent."""
+        with self.engine.connect() as connection:
+            connection.execute(_MARK_PUBLISHED, {"ids": list(ids)})
+
+
+def _ended(step: StepKey, answer: "Json") -> Ended:
+    ready = tuple(StepKey(step.run_id, entry["agent"], entry["item"]) for entry in answer.get("ready", ()))
+    return Ended(answer["outcome"], answer["run_state"], ready)
+
+
+def _unsent(rows: "Sequence[Any]") -> tuple[Unsent, ...]:
+    return tuple(Unsent(StepKey(row.run_id, row.agent, row.item), row.pipeline_hash) for row in rows)
+
+
+def _sqlstate(error: DBAPIError) -> str:
+    return getattr(error.orig, "sqlstate", None) or ""
+
+
+def _refusal(error: DBAPIError, pipeline: str) -> Exception:
+    """What enqueue_v1 raised, in our words."""
+    match _sqlstate(error):
+        case "SF001":
+            return UnknownName(
+                f"No pipeline is published as {json.dumps(pipeline)}.", next_step="Run: stepfast publish SKILL"
+            )
+        case "SF002":
+            said = str(error.orig).splitlines()[0]
+            return KeyConflict(f"The {said}.", next_step="Use another key, or the same input.")
+        case "SF003":
+            said = str(error.orig).splitlines()[0]
+            return Misuse(f"{said[:1].upper()}{said[1:]}.")
+        case _:
+            return error

@@ -1,0 +1,37 @@
+"""`stepfast.start`: how another Celery application starts a run by `send_task`."""
+
+from typing import TYPE_CHECKING, Any
+
+from celery import shared_task
+from sqlalchemy.exc import DBAPIError
+
+from app import events, operations
+from app.errors import NotReady
+from app.execution import worker
+from app.runs.database import is_outage
+
+if TYPE_CHECKING:
+    from celery import Task
+
+    from app.pipelines.model import Json
+
+
+RETRY_S = 5
+RETRIES_MAX = 720  # an hour without Postgres
+
+
+@shared_task(bind=True, name="stepfast.start", ignore_result=True)
+def start(self: "Task", pipeline: str, run_input: "Json", key: str | None = None, **options: Any) -> str:  # noqa: ANN401
+    """Starts a run and returns its id. The key defaults to the task's id, so a redelivery starts nothing twice.
+
+    `options`: tenant, labels, priority.
+    """
+    events.clear()
+    try:
+        started = operations.start(worker.current(), pipeline, run_input, key=key or self.request.id, **options)
+    except (NotReady, DBAPIError) as error:
+        if isinstance(error, DBAPIError) and not is_outage(error):
+            raise
+        # Nothing is recorded yet that a sweep could find: the message itself must come back. Its key makes it one run.
+        raise self.retry(exc=error, countdown=RETRY_S, max_retries=RETRIES_MAX) from error
+    return str(started.run_id)

@@ -1,0 +1,157 @@
+-- Takes a step for one attempt, and hands over everything that it needs: one round trip.
+-- Returns {"outcome": …} and
+--   claimed       input, outputs (of p_reads), generation, number, failures, waits, rounds, feedback, approved (the digest)
+--   reuse         likewise, with output and reused_from: the key was completed by another run; complete with that
+--   bad_key       likewise, with problem: the key cannot be rendered, or belongs to other inputs; fail the attempt
+--   deferred      nothing was claimed: another run holds the key; the step is retried later
+--   stale         nothing was claimed: state and run_state say why
+-- Called again by the same attempt (its reply was lost), it answers the same.
+create function stepfast.claim_v1(
+    p_run uuid, p_agent text, p_item text, p_pipeline_hash text, p_attempt uuid, p_worker bigint,
+    p_timeout_ms integer, p_repeatable boolean, p_code_hash text, p_reads text[], p_key_parts jsonb, p_key_inputs jsonb, p_wait_ms integer
+) returns jsonb language plpgsql volatile as $$
+declare
+    v_now timestamptz;
+    r stepfast.runs;
+    s stepfast.steps;
+    k stepfast.keys;
+    v_mine text;  -- the key that this attempt recorded at its first claim
+    v_outputs jsonb;
+    v_reads jsonb;
+    v_context jsonb;
+    v_key text := '';
+    v_hash text;
+    v_part jsonb;
+    v_value text;
+    v_answer jsonb;
+begin
+    -- The run's lock first, in a statement of its own: every later statement then sees what others committed.
+    select * into r from stepfast.runs where id = p_run for no key update;
+    v_now := stepfast.now();
+    select * into s from stepfast.steps where run_id = p_run and agent = p_agent and item = p_item;
+    if s.run_id is null or r.pipeline_hash <> p_pipeline_hash or r.state not in ('pending', 'running')
+       or not (s.state = 'available' or (s.state = 'executing' and s.attempt_id = p_attempt)) then
+        return jsonb_build_object('outcome', 'stale', 'state', s.state, 'run_state', r.state);
+    end if;
+    -- A worker that was taken for dead would lose the step again at once: it must register anew first.
+    if exists (select from stepfast.workers where id = p_worker and ended_at is not null) then
+        return jsonb_build_object('outcome', 'stale', 'state', 'worker_ended', 'run_state', r.state);
+    end if;
+
+    select coalesce(jsonb_object_agg(u.agent, a.output), '{}'),
+           coalesce(jsonb_object_agg(u.agent, jsonb_build_object('attempt', a.id, 'hash', a.output_hash)), '{}')
+    into v_outputs, v_reads
+    from stepfast.steps u join stepfast.attempts a on a.run_id = u.run_id and a.id = u.attempt_id
+    where u.run_id = p_run and u.agent = any (p_reads) and u.state = 'completed';
+    v_answer := jsonb_build_object('outcome', 'claimed', 'tenant', r.tenant, 'pipeline', r.pipeline, 'input', r.input,
+        'outputs', v_outputs, 'generation', s.generation, 'number', s.attempts + 1, 'failures', s.failures,
+        'waits', s.waits, 'rounds', s.rounds, 'feedback', s.feedback,
+        'approved', (select digest from stepfast.approvals
+                     where run_id = p_run and agent = p_agent and item = p_item and state = 'approved'));
+    if s.state = 'executing' then
+        update stepfast.attempts set deadline_at = v_now + p_timeout_ms * interval '1 ms'
+        where run_id = p_run and id = p_attempt returning key into v_mine;
+        select * into k from stepfast.keys
+        where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_mine and generation = s.generation;
+        return v_answer || jsonb_build_object('number', s.attempts) || case
+            when v_mine is null then jsonb_build_object('outcome', 'bad_key', 'problem', 'the idempotency key was refused')
+            when k.attempt_id <> p_attempt then jsonb_build_object('outcome', 'reuse', 'reused_from', k.attempt_id, 'output',
+                (select output from stepfast.attempts where run_id = k.run_id and id = k.attempt_id))
+            else '{}' end;
+    end if;
+
+    v_context := v_outputs || jsonb_build_object('run_id', p_run, 'agent', p_agent, 'pipeline', r.pipeline,
+                                                 'input', r.input);
+    -- The same key with other inputs is another question. Inputs are the run's, or the paths that the agent names.
+    v_hash := case when jsonb_array_length(p_key_inputs) = 0 then r.input_hash else
+        stepfast.hash((select jsonb_agg(v_context #> array(select jsonb_array_elements_text(path)))
+                       from jsonb_array_elements(p_key_inputs) path)) end;
+    for v_part in select * from jsonb_array_elements(p_key_parts) loop
+        v_value := coalesce(v_part->>'text', v_context #>> array(select jsonb_array_elements_text(v_part->'path')));
+        if v_value is null then
+            v_answer := v_answer || jsonb_build_object('outcome', 'bad_key', 'problem',
+                'the idempotency key names ' || array_to_string(array(select jsonb_array_elements_text(v_part->'path')), '.')
+                || ', which has no value');
+            v_key := null;
+            exit;
+        end if;
+        v_key := v_key || v_value;
+    end loop;
+    if octet_length(v_key) > 1000 then -- what fits into an index
+        v_answer := v_answer || jsonb_build_object('outcome', 'bad_key', 'problem',
+            'the idempotency key is longer than 1,000 bytes');
+        v_key := null;
+    end if;
+
+    if v_key is not null then
+        insert into stepfast.keys (tenant, pipeline, agent, key, generation, state, inputs_hash, run_id, attempt_id,
+                                   reserved_at)
+        values (r.tenant, r.pipeline, p_agent, v_key, s.generation, 'reserved', v_hash, p_run, p_attempt, v_now)
+        on conflict (tenant, pipeline, agent, key, generation) do nothing;
+        if not found then
+            select * into k from stepfast.keys
+            where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_key
+              and generation = s.generation for update;
+            -- Freed between the two statements: the next message finds it free.
+            if k.key is null or (k.state <> 'completed' and k.inputs_hash = v_hash) then
+                update stepfast.steps
+                set state = 'retryable', waits = waits + 1,
+                    scheduled_at = v_now + p_wait_ms * power(2, least(waits, 5)) * interval '1 ms'
+                where run_id = p_run and agent = p_agent and item = p_item;
+                update stepfast.runs set event_seq = event_seq + 1 where id = p_run;
+                insert into stepfast.events (run_id, seq, name, at, agent, item, generation, data)
+                values (p_run, r.event_seq + 1, 'step.deferred', v_now, p_agent, p_item, s.generation,
+                        jsonb_build_object('reason', 'key_' || coalesce(k.state, 'freed'), 'key', v_key, 'held_by', k.run_id));
+                return jsonb_build_object('outcome', 'deferred', 'reason', 'key_' || coalesce(k.state, 'freed'),
+                                          'held_by', k.run_id);
+            elsif k.inputs_hash <> v_hash then
+                v_answer := v_answer || jsonb_build_object('outcome', 'bad_key', 'problem',
+                    format('the idempotency key %s belongs to run %s with inputs %s, not %s',
+                           to_json(v_key), k.run_id, k.inputs_hash, v_hash));
+                v_key := null;
+            else
+                v_answer := v_answer || jsonb_build_object('outcome', 'reuse', 'reused_from', k.attempt_id, 'output',
+                    (select output from stepfast.attempts where run_id = k.run_id and id = k.attempt_id));
+            end if;
+        end if;
+    end if;
+
+    update stepfast.steps set state = 'executing', attempt_id = p_attempt, attempts = attempts + 1
+    where run_id = p_run and agent = p_agent and item = p_item;
+    insert into stepfast.attempts (run_id, id, agent, item, generation, number, state, worker_id, repeatable, code_hash,
+                                   key, inputs_hash, reads, started_at, deadline_at)
+    values (p_run, p_attempt, p_agent, p_item, s.generation, s.attempts + 1, 'executing', p_worker, p_repeatable,
+            p_code_hash, v_key, v_hash, v_reads, v_now, v_now + p_timeout_ms * interval '1 ms');
+    update stepfast.runs
+    set event_seq = event_seq + 1, state = 'running', started_at = coalesce(started_at, v_now) where id = p_run;
+    insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)
+    values (p_run, r.event_seq + 1, 'step.claimed', v_now, p_agent, p_item, s.generation, p_attempt,
+            jsonb_build_object('worker', p_worker, 'number', s.attempts + 1, 'reads', v_reads, 'key', v_key));
+    return v_answer;
+end $$;
+
+-- A worker that lacks a step's handler puts the step off: it never fails it. Returns whether the step was put off.
+create function stepfast.defer_v1(p_run uuid, p_agent text, p_item text, p_delay_ms integer, p_reason text)
+returns boolean language plpgsql volatile as $$
+declare
+    v_now timestamptz;
+    r stepfast.runs;
+    v_generation integer;
+begin
+    select * into r from stepfast.runs where id = p_run for no key update;
+    v_now := stepfast.now();
+    if r.id is null or r.state not in ('pending', 'running') then
+        return false;
+    end if;
+    update stepfast.steps set state = 'retryable', scheduled_at = v_now + p_delay_ms * interval '1 ms', waits = waits + 1
+    where run_id = p_run and agent = p_agent and item = p_item and state = 'available'
+    returning generation into v_generation;
+    if not found then
+        return false;
+    end if;
+    update stepfast.runs set event_seq = event_seq + 1 where id = p_run;
+    insert into stepfast.events (run_id, seq, name, at, agent, item, generation, data)
+    values (p_run, r.event_seq + 1, 'step.deferred', v_now, p_agent, p_item, v_generation,
+            jsonb_build_object('reason', p_reason));
+    return true;
+end $$;

@@ -1,0 +1,82 @@
+-- The one start path: the command line, the client, Celery's stepfast.start and plain SQL all call it.
+-- Errors: SF001 unknown pipeline; SF002 the key was used with another input; SF003 the input is not an object, or a key is
+-- too long or has no value.
+create function stepfast.enqueue_v1(
+    p_pipeline text,
+    p_input jsonb,
+    p_key text default null,
+    p_tenant text default 'default',
+    p_labels jsonb default '{}',
+    p_priority integer default 0,
+    p_run uuid default gen_random_uuid()
+) returns table (run_id uuid, created boolean)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+declare
+    v_now timestamptz := stepfast.now();
+    v_hash text;
+    v_definition jsonb;
+    v_input_hash text := stepfast.hash(p_input);
+    v_old stepfast.runs;
+    v_part jsonb;
+    v_value text;
+    v_concurrency text;
+    v_waits boolean := false;
+begin
+    if p_input is null or jsonb_typeof(p_input) <> 'object' then
+        raise exception 'the input must be a JSON object' using errcode = 'SF003';
+    end if;
+    if octet_length(p_key) > 1000 then -- what fits into an index
+        raise exception 'the key is longer than 1,000 bytes' using errcode = 'SF003';
+    end if;
+    select p.hash, p.definition into v_hash, v_definition
+    from stepfast.pipeline_names n join stepfast.pipelines p on p.hash = n.hash where n.name = p_pipeline;
+    if not found then
+        raise exception 'no pipeline is published as %', p_pipeline using errcode = 'SF001';
+    end if;
+
+    -- One at a time for a concurrency key: whoever enqueues next for it waits here until this one is visible.
+    if jsonb_array_length(coalesce(v_definition->'concurrency_parts', '[]')) > 0 then
+        v_concurrency := '';
+        for v_part in select * from jsonb_array_elements(v_definition->'concurrency_parts') loop
+            v_value := coalesce(v_part->>'text', jsonb_build_object('input', p_input)
+                                #>> array(select jsonb_array_elements_text(v_part->'path')));
+            if v_value is null then
+                raise exception 'the concurrency key names %, which the input lacks',
+                    array_to_string(array(select jsonb_array_elements_text(v_part->'path')), '.') using errcode = 'SF003';
+            end if;
+            v_concurrency := v_concurrency || v_value;
+        end loop;
+        if octet_length(v_concurrency) > 1000 then
+            raise exception 'the concurrency key is longer than 1,000 bytes' using errcode = 'SF003';
+        end if;
+        perform stepfast.lock_concurrency_key(p_tenant, p_pipeline, v_concurrency);
+        v_now := stepfast.now();  -- the order of creation is the order of this lock
+        v_waits := exists (select from stepfast.runs r where r.tenant = p_tenant and r.pipeline = p_pipeline
+                           and r.concurrency_key = v_concurrency and r.state in ('pending', 'running', 'suspended'));
+    end if;
+
+    insert into stepfast.runs (id, tenant, pipeline, pipeline_hash, state, input, input_hash, key, labels, priority,
+                               concurrency_key, deadline_at, created_at, event_seq)
+    values (p_run, p_tenant, p_pipeline, v_hash, 'pending', p_input, v_input_hash, p_key, p_labels, p_priority,
+            v_concurrency, v_now + (v_definition->>'deadline_ms')::bigint * interval '1 ms', v_now, 1)
+    on conflict (tenant, pipeline, key) where key is not null do nothing;
+    if not found then
+        select * into v_old from stepfast.runs r
+        where r.tenant = p_tenant and r.pipeline = p_pipeline and r.key = p_key;
+        if v_old.input_hash <> v_input_hash then
+            raise exception 'key % belongs to run % with input %, not %', p_key, v_old.id, v_old.input_hash, v_input_hash
+                using errcode = 'SF002';
+        end if;
+        return query select v_old.id, false;
+        return;
+    end if;
+
+    insert into stepfast.steps (run_id, agent, state, depends_on, failure_mode, queue, max_worker_losses)
+    select p_run, a->>'id', case when a->'depends_on' = '[]' and not v_waits then 'available' else 'pending' end,
+           array(select jsonb_array_elements_text(a->'depends_on')), a->>'failure_mode', a->>'queue',
+           (a->'retry_policy'->>'max_worker_losses')::int
+    from jsonb_array_elements(v_definition->'agents') a;
+    insert into stepfast.events (run_id, seq, name, at, data)
+    values (p_run, 1, 'run.enqueued', v_now, jsonb_build_object('pipeline_hash', v_hash, 'input_hash', v_input_hash));
+    return query select p_run, true;
+end $$;

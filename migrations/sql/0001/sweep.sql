@@ -1,0 +1,170 @@
+-- What every worker does once a second, so that nothing waits for ever: retries that are due, workers that are gone,
+-- messages that nobody sent. Each part re-checks state in the statement that changes it, and skips what others hold.
+
+-- Takes up to p_limit steps that are available and unsent (of one run, or of all), marks them as sent, and returns them
+-- to be sent by the caller after this commits. If the caller dies in between, `overdue` finds them.
+create function stepfast.take_unsent_v1(p_run uuid, p_limit integer)
+returns table (run_id uuid, pipeline_hash text, agent text, item text) language sql volatile as $$
+    with taken as (
+        select s.run_id, s.agent, s.item from stepfast.steps s
+        where s.state = 'available' and s.sent_at is null and (p_run is null or s.run_id = p_run)
+        order by (select priority from stepfast.runs r where r.id = s.run_id) desc, s.run_id
+        limit p_limit for update skip locked)
+    update stepfast.steps s set sent_at = stepfast.now(), sends = s.sends + 1
+    from taken t join stepfast.runs r on r.id = t.run_id
+    where s.run_id = t.run_id and s.agent = t.agent and s.item = t.item and s.state = 'available' and s.sent_at is null
+    returning s.run_id, r.pipeline_hash, s.agent, s.item
+$$;
+
+-- Like take_unsent_v1, for overdue steps: those of queues that the caller found empty, and those that are overdue a hundred
+-- times over, whatever their queue holds, so that a message that was lost behind a backlog is not lost for ever.
+create function stepfast.take_overdue_v1(p_queues text[], p_resend_ms integer, p_limit integer)
+returns table (run_id uuid, pipeline_hash text, agent text, item text) language sql volatile as $$
+    with taken as (
+        select s.run_id, s.agent, s.item from stepfast.steps s
+        where s.state = 'available' and s.sent_at is not null
+          and s.sent_at < stepfast.now() - p_resend_ms * power(2, least(s.sends - 1, 6)) * interval '1 ms'
+              * case when s.queue = any (p_queues) then 1 else 100 end
+        order by s.sent_at limit p_limit for update skip locked)
+    update stepfast.steps s set sent_at = stepfast.now(), sends = s.sends + 1
+    from taken t join stepfast.runs r on r.id = t.run_id
+    where s.run_id = t.run_id and s.agent = t.agent and s.item = t.item and s.state = 'available'
+    returning s.run_id, r.pipeline_hash, s.agent, s.item
+$$;
+
+-- Finds dead workers and takes their steps away. A free advisory lock makes a worker suspect, and so does a lease that ran
+-- out; a heartbeat clears it. It is dead when the suspicion has stood for the grace, or for a lease that ran out as long as a
+-- live worker needs for its next beat, too: after Postgres itself was frozen every lease is old. For one lease after Postgres
+-- started nobody is dead: every lock is free then.
+create function stepfast.rescue_steps(p_lease_ms integer, p_grace_ms integer, p_limit integer, out lost bigint[], out rescued jsonb)
+language plpgsql volatile as $$
+declare
+    v_now timestamptz := stepfast.now();
+    v_grace interval := p_grace_ms * interval '1 ms';
+    v_beat interval := p_lease_ms / 3 * interval '1 ms';
+    v_free boolean;
+    v_code text;
+    w record;
+    a record;
+begin
+    lost := '{}';
+    rescued := '[]';
+    -- One sweeper looks at a time: the lock that it takes to look would seem a live worker's to another.
+    if clock_timestamp() - pg_postmaster_start_time() < p_lease_ms * interval '1 ms'
+       or not pg_try_advisory_xact_lock(7083, 0) then
+        return;
+    end if;
+
+    for w in select id, suspect_since, lease_until from stepfast.workers where ended_at is null limit 1000 loop
+        v_free := pg_try_advisory_xact_lock(7083, w.id::int);
+        if not v_free and w.lease_until >= v_now then
+            continue;
+        elsif w.suspect_since is null then
+            update stepfast.workers set suspect_since = v_now where id = w.id and ended_at is null;
+        elsif w.suspect_since < v_now - v_grace - (case when v_free then interval '0' else v_beat end) then
+            -- A heartbeat in between has moved the lease: then it lives.
+            update stepfast.workers set ended_at = v_now
+            where id = w.id and ended_at is null and lease_until = w.lease_until;
+            if found then
+                lost := lost || w.id;
+            end if;
+        end if;
+    end loop;
+
+    -- An attempt past its deadline is given time for a commit that waited for Postgres, from when this is first seen.
+    update stepfast.attempts set overstayed_at = v_now
+    where state = 'executing' and deadline_at < v_now and overstayed_at is null;
+    -- Also what a sweep before this one could not take, because the run was locked.
+    for a in select t.run_id, t.id, t.agent, 'died' as reason
+             from stepfast.attempts t join stepfast.workers x on x.id = t.worker_id
+             where t.state = 'executing' and x.ended_at is not null
+             union all
+             select t.run_id, t.id, t.agent, 'overstayed its time' from stepfast.attempts t
+             where t.state = 'executing' and t.deadline_at < v_now and t.overstayed_at < v_now - v_grace - v_beat
+             limit p_limit loop
+        v_code := stepfast.rescue_step(a.run_id, a.id, a.reason);
+        if v_code is not null then
+            rescued := rescued || jsonb_build_object('run_id', a.run_id, 'agent', a.agent, 'attempt_id', a.id,
+                                                     'code', v_code, 'reason', a.reason);
+        end if;
+    end loop;
+end $$;
+
+-- Ends what waited too long for a person, and runs whose deadline has passed. Returns how many steps it ended.
+create function stepfast.expire_steps(p_limit integer) returns integer language plpgsql volatile as $$
+declare
+    v_now timestamptz := stepfast.now();
+    v_count integer := 0;
+    v_seq bigint;
+    r stepfast.runs;
+    s stepfast.steps;
+    a record;
+begin
+    for a in select run_id, agent from stepfast.approvals
+             where state = 'requested' and expires_at <= v_now order by expires_at limit p_limit loop
+        select * into r from stepfast.runs where id = a.run_id for no key update skip locked;
+        if r.id is not null then
+            perform stepfast.decide_v1(a.run_id, a.agent, 'expired', null, 'stepfast', 'nobody decided in time');
+            v_count := v_count + 1;
+        end if;
+    end loop;
+    for a in select id from stepfast.runs
+             where deadline_at <= v_now and state in ('pending', 'running', 'suspended') order by deadline_at limit p_limit loop
+        select * into r from stepfast.runs
+        where id = a.id and state in ('pending', 'running', 'suspended') for no key update skip locked;
+        continue when r.id is null;
+        perform stepfast.lock_concurrency_key(r.tenant, r.pipeline, r.concurrency_key);
+        v_seq := r.event_seq;
+        -- Executing steps finish and are recorded. One that waited is given up, so that a dead letter says why.
+        for s in select * from stepfast.steps
+                 where run_id = r.id and state in ('available', 'retryable', 'suspended', 'executing')
+                 order by state = 'executing', agent limit 1 loop
+            exit when s.state = 'executing';
+            v_seq := stepfast.discard_step(r, s, jsonb_build_object('code', 'run_deadline', 'who', 'operator',
+                'message', 'The deadline of the run has passed.', 'details', '{}'::jsonb,
+                'next_step', format('To go on without a deadline: stepfast resume %s', r.id)), v_seq, v_now);
+            v_count := v_count + 1;
+        end loop;
+        update stepfast.approvals set state = 'void', decided_at = v_now, reason = 'the run failed'
+        where run_id = r.id and state = 'requested';
+        update stepfast.steps set state = 'pending', scheduled_at = null, sent_at = null
+        where run_id = r.id and state in ('available', 'retryable', 'suspended');
+        insert into stepfast.events (run_id, seq, name, at, data)
+        values (r.id, v_seq + 1, 'run.failed', v_now, '{"code": "run_deadline"}');
+        update stepfast.runs set state = 'failed', ended_at = v_now, event_seq = v_seq + 1 where id = r.id;
+        perform stepfast.release_next_run(r, v_now);
+    end loop;
+    return v_count;
+end $$;
+
+-- The whole sweep, one statement for an idle worker. Returns {"due": retries released, "lost": [worker ids], "rescued": [{"run_id",
+-- "agent", "attempt_id", "code", "reason"}], "unsent": whether take_unsent_v1 would find any, "unpublished": whether a dead letter waits to be sent, "overdue": the
+-- queues of steps whose message was sent a while ago and not claimed: lost, or waiting behind others}.
+-- That while doubles with every send, up to 64 times, so that a backlog is not doubled by resending.
+create function stepfast.sweep_v1(p_lease_ms integer, p_grace_ms integer, p_resend_ms integer, p_limit integer) returns jsonb
+language plpgsql volatile as $$
+declare
+    v_now timestamptz := stepfast.now();
+    v_due integer;
+    v_rescue record;
+    v_expired integer := 0;
+begin
+    -- One sweeper at a time ends runs: several that each end many could wait for each other.
+    if pg_try_advisory_xact_lock(7083, 0) then
+        v_expired := stepfast.expire_steps(p_limit);
+    end if;
+    update stepfast.steps s set state = 'available', scheduled_at = null, sent_at = null, sends = 0
+    from (select run_id, agent, item from stepfast.steps
+          where state = 'retryable' and scheduled_at <= v_now
+          order by scheduled_at limit p_limit for update skip locked) d
+    where s.run_id = d.run_id and s.agent = d.agent and s.item = d.item;
+    get diagnostics v_due = row_count;
+    select * into v_rescue from stepfast.rescue_steps(p_lease_ms, p_grace_ms, p_limit);
+    return jsonb_build_object(
+        'due', v_due, 'expired', v_expired, 'lost', v_rescue.lost, 'rescued', v_rescue.rescued,
+        'unsent', exists (select from stepfast.steps where state = 'available' and sent_at is null),
+        'unpublished', exists (select from stepfast.dead_letters where published_at is null),
+        'overdue', (select coalesce(jsonb_agg(distinct queue), '[]') from stepfast.steps
+                    where state = 'available' and sent_at is not null and sent_at < v_now - p_resend_ms * interval '1 ms'
+                      and sent_at < v_now - p_resend_ms * power(2, least(sends - 1, 6)) * interval '1 ms'));
+end $$;

@@ -1,0 +1,233 @@
+-- The whole data model. Columns that a later capability fills are here from the start, because they are costly to add.
+-- app/runs/tables.py declares the same columns for queries; a test compares the two.
+
+create schema if not exists stepfast;
+
+-- One row. `min_code_version`: code below it must not work on this database. `clock_offset` moves stepfast.now() in tests.
+create table stepfast.meta (
+    only_row boolean primary key default true check (only_row),
+    min_code_version integer not null default 1,
+    clock_offset interval not null default '0'
+);
+insert into stepfast.meta default values;
+
+-- A definition (skill file, prompts and schemas, with every default filled in), immutable by content hash.
+create table stepfast.pipelines (
+    hash text primary key check (hash ~ '^[0-9a-f]{64}$'),
+    name text not null,
+    version text not null,
+    definition jsonb not null,
+    published_at timestamptz not null,
+    unique (name, version)
+);
+
+-- A name points to the definition that new runs take; publishing moves it.
+create table stepfast.pipeline_names (
+    name text primary key,
+    hash text not null references stepfast.pipelines (hash),
+    moved_at timestamptz not null
+);
+
+create table stepfast.runs (
+    id uuid primary key,                -- also the trace id
+    tenant text not null,
+    pipeline text not null,             -- the pipeline's name
+    pipeline_hash text not null references stepfast.pipelines (hash),
+    state text not null check (state in ('pending', 'running', 'suspended', 'completed', 'failed', 'cancelled')),
+    partial boolean not null default false check (not partial or state = 'completed'),
+    input jsonb not null check (jsonb_typeof(input) = 'object'),
+    input_hash text not null,
+    key text,                           -- starting twice with one key gives one run
+    labels jsonb not null default '{}' check (jsonb_typeof(labels) = 'object'),
+    priority smallint not null default 0 check (priority between 0 and 9),
+    concurrency_key text,
+    deadline_at timestamptz,
+    parent_run_id uuid,
+    forked_from_run_id uuid,
+    event_seq bigint not null default 0, -- the last sequence number given in `events`, under this row's lock
+    created_at timestamptz not null,
+    started_at timestamptz,
+    ended_at timestamptz,
+    check ((state in ('completed', 'failed', 'cancelled')) = (ended_at is not null)),
+    check (state <> 'running' or started_at is not null)
+) with (fillfactor = 70);               -- claim and complete update it in place
+create unique index runs_key on stepfast.runs (tenant, pipeline, key) where key is not null;
+-- One at a time for a concurrency key: the others wait, in the order of their creation.
+create index runs_concurrency on stepfast.runs (tenant, pipeline, concurrency_key, created_at)
+    where concurrency_key is not null and state in ('pending', 'running', 'suspended');
+create index runs_deadline on stepfast.runs (deadline_at)
+    where deadline_at is not null and state in ('pending', 'running', 'suspended');
+create index runs_created on stepfast.runs (created_at desc);
+create index runs_unfinished on stepfast.runs (state, created_at) where state in ('pending', 'running', 'suspended', 'failed');
+
+create table stepfast.steps (
+    run_id uuid not null references stepfast.runs (id) on delete cascade,
+    agent text not null,
+    item text not null default '',      -- kept for dynamic fan-out
+    state text not null check (state in ('pending', 'available', 'executing', 'retryable', 'suspended', 'completed',
+                                         'skipped', 'discarded', 'cancelled')),
+    generation integer not null default 1 check (generation >= 1),
+    depends_on text[] not null,
+    failure_mode text not null check (failure_mode in ('halt_pipeline', 'skip_dependents', 'continue')),
+    queue text not null,
+    max_worker_losses integer not null,
+    attempt_id uuid,                    -- the attempt that holds the claim, or whose output counts
+    attempts integer not null default 0,       -- ever begun: numbers them
+    failures integer not null default 0,       -- of the agent, in this generation, since the last resume
+    worker_losses integer not null default 0,  -- workers that died under it, likewise
+    waits integer not null default 0,          -- 429s, reserved keys, missing handlers: count against nothing
+    rounds integer not null default 0,         -- how often its refused gate had an earlier agent run again
+    feedback jsonb,                            -- what such a gate read, for the agent that runs again
+    scheduled_at timestamptz,
+    sent_at timestamptz,                -- when its message was last sent; null while available: nobody has sent it
+    sends integer not null default 0,
+    ended_at timestamptz,
+    primary key (run_id, agent, item),
+    check ((state = 'retryable') = (scheduled_at is not null)),
+    check ((state in ('completed', 'skipped', 'discarded', 'cancelled')) = (ended_at is not null)),
+    check (state not in ('executing', 'completed') or attempt_id is not null)
+) with (fillfactor = 70);
+create index steps_due on stepfast.steps (scheduled_at) where state = 'retryable';
+create index steps_unsent on stepfast.steps (run_id) where state = 'available' and sent_at is null;
+create index steps_sent on stepfast.steps (sent_at) where state = 'available' and sent_at is not null;
+
+create table stepfast.attempts (
+    run_id uuid not null references stepfast.runs (id) on delete cascade,
+    id uuid not null,                   -- random: the fencing token
+    agent text not null,
+    item text not null default '',
+    generation integer not null,
+    number integer not null,
+    state text not null check (state in ('executing', 'completed', 'failed', 'lost', 'suspended')),
+    worker_id bigint,                   -- null where a person did it (an override)
+    decided_by text,
+    repeatable boolean not null,        -- dying under it is harmless
+    code_hash text,                     -- of the handler's module
+    key text,
+    inputs_hash text not null,
+    reads jsonb not null,               -- {agent: {"attempt": id, "hash": of its output}}: what it was given
+    started_at timestamptz not null,
+    deadline_at timestamptz not null,
+    overstayed_at timestamptz,          -- when it was first seen past its deadline
+    ended_at timestamptz,
+    output jsonb,
+    output_hash text,
+    reused_from uuid,                   -- the attempt whose output a completed key gave
+    model text,
+    request_id text,
+    usage jsonb,
+    cost_usd numeric,
+    error jsonb,                        -- {"code", "who", "message", "next_step", "details"}
+    error_fingerprint text,
+    primary key (run_id, id),
+    check ((state = 'executing') = (ended_at is null)),
+    check ((state = 'completed') = (output is not null)),
+    check ((state in ('failed', 'lost')) = (error is not null)),
+    check (worker_id is not null or decided_by is not null)
+);
+create index attempts_executing on stepfast.attempts (worker_id) where state = 'executing';
+create index attempts_deadline on stepfast.attempts (deadline_at) where state = 'executing';
+
+-- An attempt that is `suspended` found that a person must approve first; the approved step is claimed by another attempt.
+
+-- Idempotency: reserved by a claim; freed by a failure; completed with the attempt's output; or unknown, for a person.
+create table stepfast.keys (
+    tenant text not null,
+    pipeline text not null,
+    agent text not null,
+    key text not null,
+    generation integer not null,
+    state text not null check (state in ('reserved', 'completed', 'unknown')),
+    inputs_hash text not null,
+    run_id uuid not null,
+    attempt_id uuid not null,
+    reserved_at timestamptz not null,
+    ended_at timestamptz,
+    primary key (tenant, pipeline, agent, key, generation),
+    check ((state = 'reserved') = (ended_at is null))
+) with (fillfactor = 70);
+
+-- What handlers did by ctx.once: begun before the effect, happened after it. Begun and never ended: look outside first.
+create table stepfast.effects (
+    run_id uuid not null references stepfast.runs (id) on delete cascade,
+    agent text not null,
+    item text not null default '',
+    generation integer not null,
+    key text not null,
+    state text not null check (state in ('begun', 'happened')),
+    attempt_id uuid not null,
+    output jsonb,
+    begun_at timestamptz not null,
+    ended_at timestamptz,
+    primary key (run_id, agent, item, generation, key),
+    check ((state = 'happened') = (ended_at is not null)),
+    check ((state = 'happened') = (output is not null))
+);
+
+create table stepfast.approvals (
+    id uuid primary key,
+    run_id uuid not null references stepfast.runs (id) on delete cascade,
+    agent text not null,
+    item text not null default '',
+    generation integer not null,
+    subject text not null check (subject in ('step', 'tool_call')),
+    digest text not null,               -- of the inputs, arguments and definition that are approved
+    attempt_id uuid not null,           -- the attempt that asked
+    state text not null check (state in ('requested', 'approved', 'rejected', 'expired', 'void')),
+    requested_at timestamptz not null,
+    expires_at timestamptz,
+    decided_at timestamptz,
+    decided_by text,
+    reason text,
+    check ((state = 'requested') = (decided_at is null))
+);
+create unique index approvals_open on stepfast.approvals (run_id, agent, item) where state in ('requested', 'approved');
+create index approvals_expiring on stepfast.approvals (expires_at) where state = 'requested' and expires_at is not null;
+
+create table stepfast.dead_letters (
+    id uuid primary key,
+    run_id uuid not null references stepfast.runs (id) on delete cascade,
+    agent text not null,
+    item text not null default '',
+    generation integer not null,
+    attempt_id uuid,
+    code text not null,
+    error_fingerprint text not null,
+    payload jsonb not null,             -- the message of the dead-letter queue, versioned
+    created_at timestamptz not null,
+    published_at timestamptz,
+    resolved_at timestamptz,
+    resolution text check (resolution in ('resumed', 'overridden', 'discarded', 'settled')),
+    resolved_by text,
+    check ((resolved_at is null) = (resolution is null))
+);
+create unique index dead_letters_open on stepfast.dead_letters (run_id, agent, item) where resolved_at is null;
+create index dead_letters_unpublished on stepfast.dead_letters (created_at) where published_at is null;
+create index dead_letters_created on stepfast.dead_letters (created_at desc);
+
+create table stepfast.events (
+    run_id uuid not null references stepfast.runs (id) on delete cascade,
+    seq bigint not null,
+    name text not null,
+    at timestamptz not null,
+    agent text,
+    item text,
+    generation integer,
+    attempt_id uuid,
+    data jsonb not null default '{}',
+    primary key (run_id, seq)
+);
+
+-- One row a process that executes steps. It holds the advisory lock (7083, id) on a session of its own, so that its death is
+-- seen at once; the lease is for what no socket reports.
+create table stepfast.workers (
+    id bigint generated always as identity primary key,
+    host text not null,
+    pid integer not null,
+    code_version integer not null,
+    started_at timestamptz not null,
+    lease_until timestamptz not null,
+    suspect_since timestamptz,          -- its lock was first seen free, or its lease past, then
+    ended_at timestamptz
+) with (fillfactor = 50);
+create index workers_alive on stepfast.workers (id) where ended_at is null;

@@ -1,0 +1,270 @@
+"""What the tests share: real servers, a fresh database each, real worker processes, and no way out of this machine."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+_TEMPLATE = "stepfast_template"
+_numbers = itertools.count(1)
+
+
+def eventually(check: Callable[[], object], *, within_s: float = 20.0, what: str = "") -> object:
+    """Polls until `check` gives something true, and returns it. Fails loudly after `within_s`."""
+    deadline = time.monotonic() + within_s
+    pause = threading.Event()
+    while True:
+        found = check()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what or check}"
+        pause.wait(0.02)
+
+
+@pytest.fixture(autouse=True)
+def _no_way_out(monkeypatch):
+    """Sockets to anything but this machine are refused."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in {socket.AF_INET, socket.AF_INET6} and address[0] not in {"127.0.0.1", "::1", "localhost"}:
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _bare_settings(monkeypatch):
+    """No setting of the developer's shell reaches a test."""
+    from app import settings
+
+    for name in list(os.environ):
+        if name.startswith(("STEPFAST_", "ANTHROPIC_")):
+            monkeypatch.delenv(name)
+    settings.load.cache_clear()
+    yield
+    settings.load.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory):
+    """One embedded Postgres and one Valkey for the whole session."""
+    from app import embedded
+
+    with embedded.servers(tmp_path_factory.mktemp("servers")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def _template(servers):
+    import psycopg
+
+    from app.runs.database import migrate
+
+    with psycopg.connect(_plain(servers.database_url), autocommit=True) as connection:
+        connection.execute(f"create database {_TEMPLATE}")
+    migrate(_named(servers.database_url, _TEMPLATE))
+    return _TEMPLATE
+
+
+@pytest.fixture
+def database_url(servers, _template):
+    """A database of the test's own, migrated."""
+    import psycopg
+
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    with psycopg.connect(_plain(servers.database_url), autocommit=True) as connection:
+        connection.execute(f"create database {name} template {_template}")
+    yield _named(servers.database_url, name)
+    with psycopg.connect(_plain(servers.database_url), autocommit=True) as connection:
+        connection.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def empty_database_url(servers):
+    """A database of the test's own, not migrated."""
+    import psycopg
+
+    name = f"empty_{os.getpid()}_{next(_numbers)}"
+    with psycopg.connect(_plain(servers.database_url), autocommit=True) as connection:
+        connection.execute(f"create database {name}")
+    yield _named(servers.database_url, name)
+    with psycopg.connect(_plain(servers.database_url), autocommit=True) as connection:
+        connection.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def broker_url(servers):
+    """A virtual host of Valkey, emptied."""
+    import redis
+
+    number = next(_numbers) % 14 + 1
+    path = servers.broker_url.removeprefix("redis+socket://").split("?")[0]
+    with redis.Redis(unix_socket_path=path, db=number) as client:
+        client.flushdb()
+    return f"redis+socket://{path}?virtual_host={number}"
+
+
+def _plain(url: str) -> str:
+    return url.replace("postgresql+psycopg://", "postgresql://")
+
+
+def _named(url: str, name: str) -> str:
+    head, _, query = url.partition("?")
+    return f"{head.rsplit('/', 1)[0]}/{name}?{query}"
+
+
+def use_broker(celery, url: str) -> None:
+    """Points this process's Celery app at a broker, and closes its connections to the one before."""
+    import kombu.pools
+
+    celery.conf.broker_url = celery.conf.broker_read_url = celery.conf.broker_write_url = url
+    kombu.pools.reset()
+    celery._pool = celery.amqp._producer_pool = None
+
+
+@dataclass
+class System:
+    """A database, a broker, and the workers that a test starts on them."""
+
+    database_url: str
+    broker_url: str
+    folder: Path
+    environ: dict[str, str]
+    workers: list[subprocess.Popen] = field(default_factory=list)
+
+    def start_worker(self, *, queues: str = "agents,handlers", pool: str = "threads", concurrency: int = 4, **env: str):
+        """A real `celery worker` process, ready to take messages."""
+        number = len(self.workers)
+        log = self.folder / f"worker-{number}.log"
+        argv = [
+            *(sys.executable, "-m", "celery", "-A", "app", "worker", "-n", f"w{os.getpid()}-{next(_numbers)}@%h"),
+            *("-Q", queues, "-P", pool, "-c", str(concurrency), "--without-mingle", "--without-gossip"),
+        ]
+        with log.open("wb") as stream:
+            worker = subprocess.Popen(
+                argv, cwd=ROOT, env=self.environ | env, stdout=stream, stderr=stream, start_new_session=True
+            )
+        worker.log = log
+        self.workers.append(worker)
+        eventually(
+            lambda: b" ready." in log.read_bytes() or worker.poll() is not None, within_s=30, what="a ready worker"
+        )
+        assert worker.poll() is None, log.read_text()[-3000:]
+        return worker
+
+    def publish(self, here, folder: Path) -> str:
+        """Loads and publishes a skill folder. Returns the pipeline's name."""
+        from app import operations
+        from app.pipelines import loader
+
+        pipeline = loader.load(folder, aliases=here.settings.model_aliases, handler_modules=())
+        operations.publish(here, pipeline)
+        return pipeline.name
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+
+    def run(self, run_id) -> dict:
+        """The run as `stepfast show --json` gives it."""
+        from app.runs.database import engine
+        from app.runs.reads import Reads
+
+        opened = engine(self.database_url, pool_max=1)
+        try:
+            return Reads(opened).run(run_id)
+        finally:
+            opened.dispose()
+
+    def states(self, run_id) -> dict[str, str]:
+        return {step["agent"]: step["state"] for step in self.run(run_id)["steps"]}
+
+    def ended(self, run_id, *, within_s: float = 30.0) -> dict:
+        """The run, once it is completed, failed or cancelled."""
+        return eventually(
+            lambda: (run := self.run(run_id))["ended_at"] and run, within_s=within_s, what=f"the end of {run_id}"
+        )
+
+    def logged(self, event: str) -> list[dict]:
+        """Every line of this event in the workers' logs."""
+        lines = [line for worker in self.workers for line in worker.log.read_text().splitlines()]
+        parsed = [json.loads(line) for line in lines if line.startswith("{")]
+        return [line for line in parsed if line["event"] == event]
+
+    @contextmanager
+    def here(self, monkeypatch) -> Iterator[object]:
+        """The test process's own Worker on the same servers, to publish, start and resume with."""
+        from app import settings
+        from app.execution import worker
+
+        for name, value in self.environ.items():
+            if name.startswith(("STEPFAST_", "ANTHROPIC_")):
+                monkeypatch.setenv(name, value)
+        settings.load.cache_clear()
+        from app.celery import celery
+
+        use_broker(celery, self.broker_url)
+        try:
+            yield worker.current()
+        finally:
+            worker.stop()
+            use_broker(celery, self.broker_url)
+
+
+@pytest.fixture
+def system(database_url, broker_url, tmp_path):
+    """Servers without workers; `start_worker` adds them."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("STEPFAST_", "ANTHROPIC_"))}
+    environ |= {
+        "STEPFAST_DATABASE_URL": database_url,
+        "STEPFAST_BROKER_URL": broker_url,
+        "STEPFAST_HOME": str(tmp_path / "home"),
+        "STEPFAST_SKILLS": str(tmp_path / "skills"),
+        "ANTHROPIC_API_KEY": "sk-ant-test",
+    }
+    running = System(database_url, broker_url, tmp_path, environ)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def here(system, monkeypatch):
+    """The test process's Worker on the test's servers."""
+    with system.here(monkeypatch) as current:
+        yield current
+
+
+@pytest.fixture
+def write_skill(tmp_path):
+    """Writes a skill folder of agents that are handlers, or of what the files say."""
+
+    def write(agents: str, handlers: str = "", *, name: str = "tested", files: dict[str, str] | None = None) -> Path:
+        folder = tmp_path / "skills" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        body = textwrap.indent(textwrap.dedent(agents).strip(), "  ")
+        (folder / f"{name}.skill.yaml").write_text(f"name: {name}\nversion: 1.0.0\nagents:\n{body}\n")
+        if handlers:
+            (folder / "handlers.py").write_text(textwrap.dedent(handlers))
+        for place, text in (files or {}).items():
+            (folder / place).parent.mkdir(exist_ok=True)
+            (folder / place).write_text(textwrap.dedent(text))
+        return folder
+
+    return write

@@ -1,0 +1,118 @@
+"""The same on RabbitMQ, with quorum queues."""
+
+import os
+import signal
+
+import kombu
+import pytest
+import rabbitmq
+from conftest import eventually
+
+from app import operations
+from app.execution import dead_queue
+
+pytestmark = [
+    pytest.mark.rabbitmq,
+    pytest.mark.slow,
+    pytest.mark.skipif(not rabbitmq.installed(), reason=rabbitmq.MISSING),
+]
+
+DIAMOND = """
+    - {id: a}
+    - {id: b, depends_on: [a], idempotent: true}
+    - {id: c, depends_on: [a], idempotent: true}
+    - {id: d, depends_on: [b, c]}
+"""
+HANDLERS = """
+    import os, pathlib, threading
+
+    def a(ctx): return {}
+
+    def b(ctx):
+        if ctx.run.input.get("fails"):
+            raise ValueError("no")
+        file = pathlib.Path(ctx.run.input["folder"]) / "b-pids"
+        with file.open("a") as pids:
+            pids.write(f"{os.getpid()}\\n")
+        pause = threading.Event()
+        for _ in range(3000):
+            if (file.parent / "go").exists():
+                return {}
+            pause.wait(0.01)
+
+    def c(ctx): return {}
+    def d(ctx): return {}
+"""
+
+
+@pytest.fixture(scope="module")
+def rabbit(tmp_path_factory):
+    with rabbitmq.running(tmp_path_factory.mktemp("rabbitmq")) as url:
+        yield url
+
+
+@pytest.fixture
+def on_rabbit(system, rabbit, monkeypatch):
+    system.broker_url = system.environ["STEPFAST_BROKER_URL"] = rabbit
+    with system.here(monkeypatch) as current:
+        yield current
+
+
+def _take(url, name):
+    """One message of a queue, or None."""
+    with kombu.Connection(url) as connection, connection.channel() as channel:
+        return kombu.Queue(name, no_declare=True)(channel).get(no_ack=True)
+
+
+def test_run_survives_the_death_of_its_worker(system, on_rabbit, write_skill, tmp_path):
+    """Fan-out, join, and SIGKILL of the worker in between, on quorum queues."""
+    name = system.publish(on_rabbit, write_skill(DIAMOND, HANDLERS))
+    victim = system.start_worker(concurrency=2)
+    started = operations.start(on_rabbit, name, {"folder": str(tmp_path)})
+    pids = tmp_path / "b-pids"
+    eventually(lambda: pids.exists() and pids.read_text(), what="b")
+    eventually(lambda: system.states(started.run_id)["c"] == "completed", what="c")
+    os.killpg(victim.pid, signal.SIGKILL)
+    system.start_worker(concurrency=2)
+    eventually(lambda: len(pids.read_text().split()) == 2, within_s=25, what="b elsewhere")
+    (tmp_path / "go").touch()
+    run = system.ended(started.run_id)
+    assert run["state"] == "completed"
+    assert [len(step["tries"]) for step in run["steps"]] == [1, 2, 1, 1]
+
+
+def test_strays_are_kept_and_dead_letters_are_sent(system, on_rabbit, write_skill):
+    """What is malformed or unknown goes to the dead-letter exchange; a discarded step's letter to a queue of its own."""
+    from app.celery import celery
+
+    folder = write_skill(
+        DIAMOND.replace("b, depends_on: [a]", "b, depends_on: [a], retry_policy: {max_attempts: 1}"), HANDLERS
+    )
+    name = system.publish(on_rabbit, folder)
+    system.start_worker()
+    celery.send_task("stepfast.unknown", ("x",), queue="agents")
+    celery.send_task("stepfast.step", ("no-uuid", "a", "0" * 64), queue="agents")
+    tasks = {
+        eventually(lambda: _take(system.broker_url, dead_queue.STRAYS), what="a stray").headers["task"]
+        for _ in range(2)
+    }
+    assert tasks == {"stepfast.unknown", "stepfast.step"}
+    started = operations.start(on_rabbit, name, {"fails": True})
+    assert system.ended(started.run_id)["state"] == "failed"
+    letter = eventually(lambda: _take(system.broker_url, dead_queue.QUEUE), what="the dead letter")
+    assert letter.payload["run_id"] == str(started.run_id)
+    assert letter.properties["message_id"] == letter.payload["id"]
+
+
+def test_dead_letter_queue_is_capped(system, on_rabbit, write_skill):
+    """At most dead_queue_max wait: the oldest leave first."""
+    folder = write_skill("- {id: b, retry_policy: {max_attempts: 1}}", HANDLERS)
+    name = system.publish(on_rabbit, folder)
+    system.start_worker(STEPFAST_DEAD_QUEUE_MAX="2")
+    runs = []
+    for _ in range(4):
+        runs.append(str(operations.start(on_rabbit, name, {"fails": True}).run_id))
+        system.ended(runs[-1])
+    eventually(lambda: len(system.logged("dead_letter.published")) == 4, what="four letters")
+    left = [_take(system.broker_url, dead_queue.QUEUE) for _ in range(3)]
+    assert [letter and letter.payload["run_id"] for letter in left] == [*runs[-2:], None]
