@@ -1,7 +1,6 @@
 """Celery's configuration. Each value has its reason."""
 
-from kombu import Exchange, Queue
-
+from app.execution.queues import step_queue
 from app.settings import load
 
 broker_url = load().need_broker()
@@ -41,16 +40,9 @@ broker_connection_timeout = 3
 broker_connection_retry_on_startup = True
 broker_connection_max_retries = None
 
-# Malformed and unknown messages end here on RabbitMQ; Redis has no such exchange.
-_strays = {"x-queue-type": "quorum", "x-dead-letter-exchange": "stepfast.strays"}
-task_queues = [
-    Queue("agents", Exchange("agents", type="direct"), routing_key="agents", queue_arguments=_strays),
-    Queue("handlers", Exchange("handlers", type="direct"), routing_key="handlers", queue_arguments=_strays),
-]
+# What a worker serves that names no queue. A skill file may name others; app/execution/queues.py makes all alike.
+task_queues = [step_queue("agents"), step_queue("handlers")]
 task_default_queue = "agents"
-task_default_exchange_type = "direct"
-task_create_missing_queues = True
-task_create_missing_queue_type = "quorum"
 
 # Quorum queues know no global prefetch; Celery turns it off when it sees them.
 worker_detect_quorum_queues = True

@@ -9,7 +9,7 @@ import rabbitmq
 from conftest import eventually
 
 from app import operations
-from app.execution import dead_queue
+from app.execution import dead_queue, queues
 
 pytestmark = [
     pytest.mark.rabbitmq,
@@ -89,14 +89,16 @@ def test_strays_are_kept_and_dead_letters_are_sent(system, on_rabbit, write_skil
         DIAMOND.replace("b, depends_on: [a]", "b, depends_on: [a], retry_policy: {max_attempts: 1}"), HANDLERS
     )
     name = system.publish(on_rabbit, folder)
-    system.start_worker()
-    celery.send_task("stepfast.unknown", ("x",), queue="agents")
-    celery.send_task("stepfast.step", ("no-uuid", "a", "0" * 64), queue="agents")
-    tasks = {
-        eventually(lambda: _take(system.broker_url, dead_queue.STRAYS), what="a stray").headers["task"]
-        for _ in range(2)
-    }
-    assert tasks == {"stepfast.unknown", "stepfast.step"}
+    for queue in ("agents", "of_a_skill"):
+        # Sent before any worker was there: the first thing that one of them meets.
+        celery.send_task("stepfast.unknown", (), queue=queue)
+        celery.send_task("stepfast.step", ("no-uuid", "a", "0" * 64), queue=queue)
+    system.start_worker(queues="agents,handlers,of_a_skill")
+    strays = [eventually(lambda: _take(system.broker_url, queues.STRAYS), what="a stray").headers for _ in range(4)]
+    found = sorted((headers["x-death"][0]["queue"], headers["task"]) for headers in strays)
+    assert found == [
+        (queue, task) for queue in ("agents", "of_a_skill") for task in ("stepfast.step", "stepfast.unknown")
+    ]
     started = operations.start(on_rabbit, name, {"fails": True})
     assert system.ended(started.run_id)["state"] == "failed"
     letter = eventually(lambda: _take(system.broker_url, dead_queue.QUEUE), what="the dead letter")

@@ -8,20 +8,16 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from celery import current_app
-from kombu.entity import Exchange, Queue
+from kombu.entity import Queue
 
 from app import events
 from app.events import Event
 from app.execution.canvas import BROKER_ERRORS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from app.runs.store import Store
 
 QUEUE = "stepfast.dead"
-STRAYS = "stepfast.strays"
-STRAYS_MAX = 10_000
 _BATCH = 100
 _DROPPED_AT_ONCE_MAX = 1_000
 
@@ -63,28 +59,3 @@ def publish_pending(store: "Store", dead_queue_max: int) -> int:
             dead_letter=payload["id"],
         )
     return len(payloads)
-
-
-def declare_strays() -> None:
-    """Makes the place where RabbitMQ keeps malformed and unknown messages. Redis has none: there they are logged."""
-    with current_app.connection_for_write() as connection:
-        if connection.transport.driver_type != "amqp":
-            return
-        with connection.channel() as channel:
-            arguments = {"x-queue-type": "quorum", "x-max-length": STRAYS_MAX}
-            Queue(STRAYS, Exchange(STRAYS, type="fanout"), queue_arguments=arguments).bind(channel).declare()
-
-
-def empty_queues(queues: "Collection[str]") -> tuple[str, ...]:
-    """Which of these queues hold no waiting message. A queue that does not exist (a wiped broker) is empty."""
-    empty = []
-    with current_app.connection_for_write() as connection:
-        for name in queues:
-            with connection.channel() as channel:
-                try:
-                    waiting = channel.queue_declare(name, passive=True).message_count
-                except connection.channel_errors:
-                    waiting = 0
-                if waiting == 0:
-                    empty.append(name)
-    return tuple(empty)

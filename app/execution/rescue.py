@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from app import events
 from app.events import Event
-from app.execution import canvas, dead_queue
+from app.execution import canvas, dead_queue, queues
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,7 @@ def sweep(worker: "Worker") -> None:
     if swept.unsent or swept.due or swept.rescued:
         _send_unsent(worker)
     if swept.overdue:
-        empty = dead_queue.empty_queues(swept.overdue)
+        empty = queues.empty_queues(swept.overdue)
         overdue = worker.store.take_overdue(empty, RESEND_MS, BATCH)
         canvas.send_unsent(overdue, worker.definition)
     if swept.unpublished or any(entry["code"] != "worker_lost" for entry in swept.rescued):
@@ -70,12 +70,8 @@ class Sweeper:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        declared = False
         while not self._stopping.wait(self._pause_s):
             try:
                 sweep(self._current())
-                if not declared:
-                    dead_queue.declare_strays()
-                    declared = True
             except Exception as error:  # noqa: BLE001  # whatever it was, the next sweep tries again
                 events.emit(Event.SWEEP_FAILED, error=str(error).splitlines()[0] if str(error) else repr(error))
