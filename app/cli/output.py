@@ -4,24 +4,22 @@ Rich is given `Text`, never markup: an agent's output that looks like markup is 
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TextIO
 
-from app.redaction import redact, redact_text
+from app.redaction import redact
+from app.words import clean, cut, dollars, duration, moment, one_line, seconds, short, took
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from app.pipelines.model import Json
+# `output.moment` is how commands call it.
+__all__ = ["clean", "console", "cut", "dollars", "duration", "moment", "one_line", "print_fields", "print_json"]
+__all__ += ["print_next", "seconds", "short", "table", "took"]
 
-# Control characters, which command a terminal, and those that turn the direction of writing around.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-SHORT_ID_CHARS = 8
 PIPED_WIDTH_CHARS = 1_000
 _STYLES = {
     "completed": "green",
@@ -33,26 +31,6 @@ _STYLES = {
     "retryable": "yellow",
     "suspended": "yellow",
 }
-
-
-def clean(text: str) -> str:
-    """The text, redacted, with its control characters as visible escapes."""
-    return _CONTROL.sub(_visible, redact_text(text))
-
-
-def _visible(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
-def one_line(text: str) -> str:
-    """`clean`, with every run of white space as one space: a table's cell, or a part of a sentence."""
-    return " ".join(clean(text).split())
-
-
-def cut(text: str, max_chars: int) -> str:
-    """The text, or its beginning with a mark that it was longer."""
-    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
 
 
 def print_json(value: object) -> None:
@@ -99,43 +77,3 @@ def _cell(value: str, column: str) -> "Text":
 
     style = _STYLES.get(value.partition(" ")[0], "") if column == "state" and value else ""
     return Text(one_line(value), style=style)
-
-
-def short(run_id: str) -> str:
-    """The beginning of an id, long enough to name it."""
-    return run_id[:SHORT_ID_CHARS]
-
-
-def seconds(value: float) -> str:
-    """A duration: 0.4 s, 12.3 s, 4:07 min, 2:05:09 h."""
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(int(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
-
-
-def took(run: "Json") -> str:
-    """`duration` as text."""
-    spent = duration(run)
-    return "-" if spent is None else seconds(spent)
-
-
-def duration(entry: "Json") -> float | None:
-    """Seconds from `started_at` to `ended_at`, or until now; None before the start."""
-    if entry["started_at"] is None:
-        return None
-    end = datetime.fromisoformat(entry["ended_at"]) if entry["ended_at"] else datetime.now(UTC)
-    return max(0.0, (end - datetime.fromisoformat(entry["started_at"])).total_seconds())
-
-
-def dollars(value: float | None) -> str:
-    """A cost in US dollars; a dash where there is none, or where it is unknown."""
-    if value is None:
-        return "-"
-    return f"${value:,.2f}" if value >= 1 else f"${value:.4f}"
-
-
-def moment(text: str | None) -> str:
-    """A time of the read model, to the second, in UTC."""
-    return f"{text[:10]} {text[11:19]}" if text else "-"
