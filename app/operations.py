@@ -1,4 +1,4 @@
-"""What every entry point calls: publish, start, resume. Each is safe to call again."""
+"""What every entry point calls: publish, start, resume, decide, and how a run is shown. Each is safe to call again."""
 
 import json
 import math
@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING
 
 from app import events
 from app.agents.outputs import check_output
-from app.errors import Misuse, UnknownName
+from app.errors import AgentError, Misuse, NotPossible, UnknownName
 from app.events import Event
 from app.execution import canvas
 from app.pipelines.report import nearest
+from app.redaction import redact
 from app.runs.orders import Orders
 from app.runs.reads import Reads
+from app.runs.resume_plan import resume_plan
+from app.words import moment
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from app.execution.worker import Worker
     from app.pipelines.model import Agent, Json, Pipeline
+    from app.settings import Settings
 
 _STEPS_AT_ONCE_MAX = 1_000
 _PROBLEMS_MAX = 5
@@ -87,6 +91,39 @@ def resume(worker: "Worker", run_id: "UUID", by: str, *, from_agent: str | None 
     return agents
 
 
+def plan_resume(worker: "Worker", run_id: "UUID", by: str, *, from_agent: str | None = None) -> "Json":
+    """What `resume` would do, and what it would cost: see `resume_plan`. Raises what `resume` would."""
+    reads = Reads(worker.store.engine)
+    found = reads.run(run_id)
+    pinned = worker.definition(found["pipeline_hash"])
+    if from_agent is not None:
+        known_agent(pinned, from_agent)
+    current = reads.current_hash(found["pipeline"])
+    return resume_plan(
+        found,
+        Orders(worker.store.engine).rehearse(run_id, by, from_agent),
+        pinned,
+        worker.definition(current) if current else None,
+        code_here=_code_here(pinned, worker.settings),
+        effects=reads.effect_list(run_id),
+    )
+
+
+def _code_here(pipeline: "Pipeline", settings: "Settings") -> dict[str, str | None]:
+    """The hash of each handler's code as this environment has it; None where it has none, or a broken one."""
+    from app.agents import handlers
+
+    found: dict[str, str | None] = {}
+    for agent in pipeline.agents:
+        if agent.handler:
+            try:
+                handler = handlers.find(pipeline.name, agent, settings)
+            except AgentError:
+                handler = None
+            found[agent.id] = handler.code_hash if handler else None
+    return found
+
+
 def override(
     worker: "Worker", run_id: "UUID", agent_id: str, output: "Json", *, by: str, reason: str | None = None
 ) -> tuple[str, ...]:
@@ -128,6 +165,28 @@ def decide(
     events.emit(Event(f"step.{decision}"), run_id=str(run_id), agent=agent_id, by=by, reason=reason)
     dispatch(worker, run_id)
     return decision
+
+
+def discard_letter(worker: "Worker", letter_id: "UUID", *, by: str) -> None:
+    """Closes a dead letter without doing its step again. Raises UnknownName; NotPossible where it is closed already."""
+    entry = Reads(worker.store.engine).dead_letter(letter_id)
+    if not Orders(worker.store.engine).discard_letter(letter_id, by):
+        raise NotPossible(
+            f"It was resolved at {moment(entry['resolved_at'])} UTC ({entry['resolution']}).",
+            next_step="List what is open: stepfast dead list",
+        )
+
+
+def document(worker: "Worker", run_id: "UUID") -> "Json":
+    """A run with its steps, attempts and outputs, as `Reads.run`; what its schemas call sensitive is hidden."""
+    run = Reads(worker.store.engine).run(run_id)
+    pipeline = worker.definition(run["pipeline_hash"])
+    run["input"] = redact(run["input"], pipeline.input_schema)
+    for step in run["steps"]:
+        schema = pipeline.by_id[step["agent"]].schema
+        for entry in step["tries"]:
+            entry["output"] = redact(entry["output"], schema)
+    return run
 
 
 def known_agent(pipeline: "Pipeline", agent_id: str) -> "Agent":

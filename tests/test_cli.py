@@ -146,7 +146,7 @@ def test_runs_lists_the_newest_first(cli, store):
     pending = _begin(store, pipeline(agent("only"), version="2"), {"n": 1})
     listed = cli("runs", "--json").json
     assert [run["id"] for run in listed] == [str(pending), str(failed)]
-    assert all(run.keys() == RUN_KEYS | {"steps", "completed", "cost_usd"} for run in listed)
+    assert all(run.keys() == RUN_KEYS | {"labels", "steps", "completed", "cost_usd"} for run in listed)
     assert [run["id"] for run in cli("runs", "--json", "--state", "failed").json] == [str(failed)]
     assert len(cli("runs", "--json", "--limit", "1").json) == 1
     assert cli("runs", "--json", "--pipeline", "other").json == []

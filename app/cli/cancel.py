@@ -24,7 +24,7 @@ def command(run: str, reason: str | None, embedded: bool, as_json: bool) -> None
     run_id = reads.run_id(run)
     operations.cancel(worker, run_id, by=system.user(), reason=reason)
     if as_json:
-        output.print_json(show.document(worker, reads, run_id))
+        output.print_json(operations.document(worker, run_id))
         return
     print(f"Run {run_id} is cancelled.")
     show.print_now(worker, str(run_id), Embedding() if embedded else None)

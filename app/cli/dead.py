@@ -7,7 +7,7 @@ from uuid import UUID
 import click
 
 from app.cli import embedding, output, system
-from app.errors import Misuse, NotPossible
+from app.errors import Misuse
 from app.redaction import redact
 from app.runs.explain import NOT_BY_RESUME
 
@@ -41,14 +41,14 @@ def command(action: str, letter: str | None, include_resolved: bool, limit: int,
     if include_resolved and action != "list":
         raise Misuse("--all belongs to `dead list`.", next_step="See: stepfast dead --help")
     worker = system.database(embedded=embedded)
-    from app.runs.orders import Orders
+    from app import operations
     from app.runs.reads import Reads
 
     reads = Reads(worker.store.engine)
     if letter is not None:
         letter_id = reads.dead_letter_id(letter)
         if action == "discard":
-            _discard(Orders(worker.store.engine).discard_letter(letter_id, system.user()), reads.dead_letter(letter_id))
+            operations.discard_letter(worker, letter_id, by=system.user())
         _show(reads, reads.dead_letter(letter_id), as_json=as_json)
         return
     if action == "groups":
@@ -100,14 +100,6 @@ def _row(entry: "Json") -> tuple[str, ...]:
 
 def _message(entry: "Json") -> str:
     return output.cut(str(entry["payload"].get("message", "")), _MESSAGE_MAX_CHARS)
-
-
-def _discard(was_open: bool, entry: "Json") -> None:
-    if not was_open:
-        raise NotPossible(
-            f"It was resolved at {output.moment(entry['resolved_at'])} UTC ({entry['resolution']}).",
-            next_step="List what is open: stepfast dead list",
-        )
 
 
 def _show(reads: "Reads", entry: "Json", *, as_json: bool) -> None:

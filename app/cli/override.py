@@ -32,13 +32,14 @@ def command(run: str, agent: str, file: Path, reason: str | None, embedded: bool
     """
     given = inputs.read_object(file, "output", settings.load().output_max_bytes)
     worker = system.database_and_broker(embedded=embedded)
+    from app import operations
     from app.runs.reads import Reads
 
     reads = Reads(worker.store.engine)
     run_id = reads.run_id(run)
     again = _override(worker, run_id, agent, given, reason)
     if as_json:
-        output.print_json({**show.document(worker, reads, run_id), "done_again": again})
+        output.print_json({**operations.document(worker, run_id), "done_again": again})
         return
     print(output.one_line(f"The output of {agent} is what {file} says."))
     if again:

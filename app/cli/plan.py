@@ -3,37 +3,19 @@
 from typing import TYPE_CHECKING
 
 from app.cli import embedding, output, system
-from app.errors import AgentError
 
 if TYPE_CHECKING:
-    from app.pipelines.model import Json, Pipeline
-    from app.settings import Settings
+    from app.pipelines.model import Json
 
 
 def show(run: str, from_agent: str | None, *, embedded: bool, as_json: bool) -> None:
     """Prints the plan. Raises NotPossible where the resume would."""
     worker = system.database(embedded=embedded)
-    from app.runs.orders import Orders
+    from app import operations
     from app.runs.reads import Reads
-    from app.runs.resume_plan import resume_plan
 
-    reads = Reads(worker.store.engine)
-    run_id = reads.run_id(run)
-    found = reads.run(run_id)
-    pinned = worker.definition(found["pipeline_hash"])
-    if from_agent is not None:
-        from app import operations
-
-        operations.known_agent(pinned, from_agent)
-    current = reads.current_hash(found["pipeline"])
-    plan = resume_plan(
-        found,
-        Orders(worker.store.engine).rehearse(run_id, system.user(), from_agent),
-        pinned,
-        worker.definition(current) if current else None,
-        code_here=code_here(pinned, worker.settings),
-        effects=reads.effect_list(run_id),
-    )
+    run_id = Reads(worker.store.engine).run_id(run)
+    plan = operations.plan_resume(worker, run_id, system.user(), from_agent=from_agent)
     if as_json:
         output.print_json(plan)
         return
@@ -41,21 +23,6 @@ def show(run: str, from_agent: str | None, *, embedded: bool, as_json: bool) -> 
     agent = f" --from {from_agent}" if from_agent else ""
     command = f"stepfast resume {output.short(str(run_id))}{agent}"
     output.print_next(embedding.following(command, embedded=embedded))
-
-
-def code_here(pipeline: "Pipeline", settings: "Settings") -> dict[str, str | None]:
-    """The hash of each handler's code as this environment has it; None where it has none, or a broken one."""
-    from app.agents import handlers
-
-    found: dict[str, str | None] = {}
-    for agent in pipeline.agents:
-        if agent.handler:
-            try:
-                handler = handlers.find(pipeline.name, agent, settings)
-            except AgentError:
-                handler = None
-            found[agent.id] = handler.code_hash if handler else None
-    return found
 
 
 def _print(plan: "Json") -> None:

@@ -7,7 +7,6 @@ import click
 
 from app.cli import embedding, output, system
 from app.cli.embedding import Embedding
-from app.redaction import redact
 from app.runs.explain import explain
 from app.runs.states import RunState
 
@@ -37,7 +36,9 @@ def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
         fields: Json | None = {} if as_json else None
         return watch.finish(worker, run_id, follow=True, fields=fields, embedding=Embedding() if embedded else None)
     if as_json:
-        output.print_json(document(worker, reads, run_id))
+        from app import operations
+
+        output.print_json(operations.document(worker, run_id))
         return 0
     found = reads.run(run_id)
     output.print_fields(
@@ -54,18 +55,6 @@ def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
     output.console().print(steps_table(found))
     print_ending(found, reads, Embedding() if embedded else None)
     return 0
-
-
-def document(worker: "Worker", reads: "Reads", run_id: UUID) -> "Json":
-    """A run as `--json` prints it; what its schemas call sensitive is hidden."""
-    run = reads.run(run_id)
-    pipeline = worker.definition(run["pipeline_hash"])
-    run["input"] = redact(run["input"], pipeline.input_schema)
-    for step in run["steps"]:
-        schema = pipeline.by_id[step["agent"]].schema
-        for entry in step["tries"]:
-            entry["output"] = redact(entry["output"], schema)
-    return run
 
 
 def steps_table(run: "Json") -> "Table":

@@ -54,7 +54,9 @@ def finish(
         output.print_next(following, sys.stderr)
         raise
     if fields is not None:
-        output.print_json({**show.document(worker, reads, run_id), **fields})
+        from app import operations
+
+        output.print_json({**operations.document(worker, run_id), **fields})
     elif run:
         simulated = " (simulated)" if embedding and embedding.simulate else ""
         print(f"Run {run_id} {show.state(run)} after {output.took(run)}: {show.cost(run['totals'])}{simulated}.")

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, tuple_
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 
 from app.errors import UnknownName
@@ -25,14 +25,14 @@ from app.runs.tables import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine, Select
+    from sqlalchemy import Engine, Select, Table
 
     from app.pipelines.model import Json
 
 LIST_MAX = 1_000
 EVENTS_MAX = 10_000
 _CANDIDATES_MAX = 5
-_RUN_COLUMNS = ("id", "pipeline", "state", "partial", "tenant", "key", "created_at", "started_at", "ended_at")
+_RUN_COLUMNS = ("id", "pipeline", "state", "partial", "tenant", "key", "labels", "created_at", "started_at", "ended_at")
 
 
 class Reads:
@@ -97,17 +97,30 @@ class Reads:
         """A run's approvals, oldest first."""
         return self._rows(select(approvals).where(approvals.c.run_id == run_id).order_by(approvals.c.requested_at))
 
-    def run_list(self, *, limit: int = 50, state: str | None = None, pipeline: str | None = None) -> "list[Json]":
-        """The newest runs first.
+    def run_list(
+        self,
+        *,
+        limit: int = 50,
+        state: str | None = None,
+        pipeline: str | None = None,
+        labels: "Json | None" = None,
+        since: datetime | None = None,
+        before: UUID | None = None,
+    ) -> "list[Json]":
+        """The newest runs first; those that have all of `labels`, were created `since`, and stand below run `before`.
 
-        Keys: id, pipeline, state, partial, tenant, key, created_at, started_at, ended_at, steps (how many), completed
-        (how many), cost_usd.
+        Keys: id, pipeline, state, partial, tenant, key, labels, created_at, started_at, ended_at, steps (how many),
+        completed (how many), cost_usd.
         """
-        query = select(runs).order_by(runs.c.created_at.desc()).limit(min(limit, LIST_MAX))
+        query = _newest_first(runs, before).limit(min(limit, LIST_MAX))
         if state:
             query = query.where(runs.c.state == state)
         if pipeline:
             query = query.where(runs.c.pipeline == pipeline)
+        if labels:
+            query = query.where(runs.c.labels.contains(labels))
+        if since:
+            query = query.where(runs.c.created_at >= since)
         newest = query.subquery()
         of_run = select(func.count()).where(steps.c.run_id == newest.c.id)
         cost = select(func.sum(attempts.c.cost_usd)).where(attempts.c.run_id == newest.c.id)
@@ -117,13 +130,13 @@ class Reads:
                 of_run.scalar_subquery().label("steps"),
                 of_run.where(steps.c.state == "completed").scalar_subquery().label("completed"),
                 cost.scalar_subquery().label("cost_usd"),
-            ).order_by(newest.c.created_at.desc())
+            ).order_by(newest.c.created_at.desc(), newest.c.id.desc())
         )
 
     def run(self, run_id: UUID) -> "Json":
         """A run with its steps in the definition's order, each with its attempts, oldest first.
 
-        Keys: those of `run_list` but the counts, input, labels, priority, concurrency_key, deadline_at, version,
+        Keys: those of `run_list` but the counts, input, priority, concurrency_key, deadline_at, version,
         pipeline_hash, steps, totals, approvals (oldest first), blocked_by (the run before it of its concurrency key).
         A step has agent, state, generation, attempts, failures, worker_losses, waits, scheduled_at, sent_at, ended_at,
         depends_on, and tries: the rows of its attempts. totals: calls (attempts that were paid for), cost_usd,
@@ -132,7 +145,7 @@ class Reads:
         query = (
             select(
                 *(runs.c[name] for name in _RUN_COLUMNS),
-                *(runs.c[name] for name in ("input", "labels", "priority", "concurrency_key", "deadline_at")),
+                *(runs.c[name] for name in ("input", "priority", "concurrency_key", "deadline_at")),
                 runs.c.pipeline_hash,
                 pipelines.c.version,
                 pipelines.c.definition,
@@ -170,19 +183,33 @@ class Reads:
         query = select(effects).where(effects.c.run_id == run_id)
         return self._rows(query.order_by(effects.c.agent, effects.c.generation, effects.c.key).limit(LIST_MAX))
 
+    def event_seq(self, run_id: UUID) -> int | None:
+        """The number of a run's last event, which tells whether anything happened; None where there is no such run."""
+        found = self._rows(select(runs.c.event_seq).where(runs.c.id == run_id))
+        return int(found[0]["event_seq"]) if found else None
+
     def event_list(self, run_id: UUID, after_seq: int = 0) -> "list[Json]":
         """A run's events after a sequence number, oldest first."""
         query = select(events).where(events.c.run_id == run_id, events.c.seq > after_seq)
         return self._rows(query.order_by(events.c.seq).limit(EVENTS_MAX))
 
-    def dead_letter_list(self, *, include_resolved: bool = False, limit: int = 50) -> "list[Json]":
-        """Dead letters, newest first.
+    def dead_letter_list(
+        self,
+        *,
+        include_resolved: bool = False,
+        limit: int = 50,
+        fingerprint: str | None = None,
+        before: UUID | None = None,
+    ) -> "list[Json]":
+        """Dead letters, newest first; those of one error, and below dead letter `before`, where given.
 
         Keys: id, run_id, agent, code, error_fingerprint, created_at, resolved_at, resolution, payload.
         """
-        query = select(dead_letters).order_by(dead_letters.c.created_at.desc()).limit(min(limit, LIST_MAX))
+        query = _newest_first(dead_letters, before).limit(min(limit, LIST_MAX))
         if not include_resolved:
             query = query.where(dead_letters.c.resolved_at.is_(None))
+        if fingerprint:
+            query = query.where(dead_letters.c.error_fingerprint == fingerprint)
         return self._rows(query)
 
     def dead_letter_groups(self, *, limit: int = 50) -> "list[Json]":
@@ -211,8 +238,20 @@ class Reads:
         return self._rows(query.order_by(group.c.newest.desc()))
 
     def dead_letter(self, letter_id: UUID) -> "Json":
-        """One dead letter."""
-        return self._rows(select(dead_letters).where(dead_letters.c.id == letter_id))[0]
+        """One dead letter. Raises UnknownName."""
+        found = self._rows(select(dead_letters).where(dead_letters.c.id == letter_id))
+        if not found:
+            raise UnknownName(f"There is no dead letter {letter_id}.", next_step="List them: stepfast dead list")
+        return found[0]
+
+
+def _newest_first(table: "Table", before: UUID | None) -> "Select[Any]":
+    """Rows by their creation. A page begins below the last row of the page before, so that new rows move none."""
+    query = select(table).order_by(table.c.created_at.desc(), table.c.id.desc())
+    if before is None:
+        return query
+    last = select(table.c.created_at, table.c.id).where(table.c.id == before).subquery()
+    return query.where(tuple_(table.c.created_at, table.c.id) < select(last).scalar_subquery())
 
 
 def _totals(tries: "list[Json]") -> "Json":
