@@ -1,5 +1,6 @@
 """How values are written for people, in a terminal and on a page: ids, times, durations, costs, and foreign text."""
 
+import json
 import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -7,11 +8,22 @@ from typing import TYPE_CHECKING
 from app.redaction import redact_text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from app.redaction import Json
 
 # Control characters, which command a terminal, and those that turn the direction of writing around.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 SHORT_ID_CHARS = 8
+SHORT_MAX_CHARS = 100
+
+_DIFF = re.compile(r"^(diff --git |@@ -\d|--- [^\n]*\n\+\+\+ )", re.MULTILINE)
+_DIFF_STYLES = (
+    (("diff ", "index ", "--- ", "+++ "), "bold"),
+    (("@@",), "cyan"),
+    (("+",), "green"),
+    (("-",), "red"),
+)
 
 
 def clean(text: str) -> str:
@@ -72,3 +84,35 @@ def dollars(value: float | None) -> str:
 def moment(text: str | None) -> str:
     """A time of the read model, to the second, in UTC."""
     return f"{text[:10]} {text[11:19]}" if text else "-"
+
+
+def lines(name: str, value: object) -> "Iterator[tuple[str, str]]":
+    """A value as lines, each with its style: diffs coloured, text as text, small values as `name: value`."""
+    match value:
+        case str() if _DIFF.search(value):
+            yield f"{name}:", ""
+            for line in value.rstrip("\n").split("\n"):
+                yield f"  {line}", _diff_style(line)
+        case str() if "\n" in value or len(value) > SHORT_MAX_CHARS:
+            yield f"{name}:", ""
+            yield from ((f"  {line}", "") for line in value.rstrip("\n").split("\n"))
+        case dict() if value:
+            for key, entry in value.items():
+                yield from lines(f"{name}.{key}" if name else str(key), entry)
+        case list() if any(isinstance(entry, dict | list) or len(str(entry)) > SHORT_MAX_CHARS for entry in value):
+            for number, entry in enumerate(value):
+                yield from lines(f"{name}[{number}]", entry)
+        case list():
+            yield f"{name}: {', '.join(map(_scalar, value)) or 'none'}", ""
+        case dict():
+            yield f"{name}: nothing" if name else "nothing", ""
+        case _:
+            yield f"{name}: {_scalar(value)}", ""
+
+
+def _scalar(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _diff_style(line: str) -> str:
+    return next((style for starts, style in _DIFF_STYLES if line.startswith(starts)), "dim")
