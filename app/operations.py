@@ -11,7 +11,7 @@ from app.errors import AgentError, Misuse, NotPossible, UnknownName
 from app.events import Event
 from app.execution import canvas
 from app.pipelines.report import nearest
-from app.redaction import redact
+from app.redaction import REDACTED, redact
 from app.runs.orders import Orders
 from app.runs.reads import Reads
 from app.runs.resume_plan import resume_plan
@@ -182,11 +182,24 @@ def document(worker: "Worker", run_id: "UUID") -> "Json":
     run = Reads(worker.store.engine).run(run_id)
     pipeline = worker.definition(run["pipeline_hash"])
     run["input"] = redact(run["input"], pipeline.input_schema)
+    if pipeline.hides(pipeline.concurrency_parts):
+        run["concurrency_key"] = run["concurrency_key"] and REDACTED
     for step in run["steps"]:
-        schema = pipeline.by_id[step["agent"]].schema
+        agent = pipeline.by_id[step["agent"]]
+        step["feedback"] = redacted_feedback(step["feedback"], pipeline)
         for entry in step["tries"]:
-            entry["output"] = redact(entry["output"], schema)
+            entry["output"] = redact(entry["output"], agent.schema)
+            if pipeline.hides(agent.key_parts):
+                entry["key"] = entry["key"] and REDACTED
     return run
+
+
+def redacted_feedback(feedback: "Json | None", pipeline: "Pipeline") -> "Json | None":
+    """What a refused gate sent back, without what the schemas of the outputs that it read call sensitive."""
+    if feedback is None:
+        return None
+    read = {name: redact(output, pipeline.by_id[name].schema) for name, output in feedback["read"].items()}
+    return {**feedback, "read": read}
 
 
 def known_agent(pipeline: "Pipeline", agent_id: str) -> "Agent":

@@ -7,7 +7,7 @@ A secret is known by its name (`password`, `api_key`), by its looks (`sk-ant-…
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from typing import Any
@@ -92,6 +92,19 @@ def redact(value: object, schema: Json | None = None) -> object:
     SIZE_MAX_CHARS, or inside itself is replaced by a note.
     """
     return _Copy(schema or {}).of(value, (schema,) if schema else (), depth=0)
+
+
+def hides(path: Sequence[str], schema: Json | None) -> bool:
+    """Whether `redact` hides what stands at a path of a value that the schema describes."""
+    value: object = ""
+    for name in reversed(path):
+        value = {name: value}
+    copy = redact(value, schema)
+    for name in path:
+        if not isinstance(copy, dict):
+            break
+        copy = copy.get(name)
+    return copy != ""
 
 
 def capped(value: object, max_bytes: int) -> object:

@@ -172,13 +172,13 @@ TOKENS = ["{{a.x}}", "{{a.y}}", "{{a", "and", "or", "not", "in", "==", ">=", "<"
 )
 def test_no_text_makes_a_gate_do_anything_else(text, x):
     """A gate is refused, holds, does not hold, or is a mistake; nothing else is raised, and never slowly."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         verdict = expressions.parse(text).evaluate({"a": {"x": x, "y": 2}})
         assert isinstance(verdict.held, bool)
     except (BadText, AuthorMistake):
         pass
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_template_is_parsed_into_parts_and_rendered():

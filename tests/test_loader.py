@@ -212,9 +212,9 @@ def test_an_alias_bomb_is_refused_at_once(tmp_path):
     bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
     path = tmp_path / "x.skill.yaml"
     path.write_text(bomb)
-    started = time.monotonic()
+    started = time.process_time()
     assert "holds more than 10000 values" in lines(path)[0]
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     honest = SKILL.replace("output_schema: one", "output_schema: one\n    retry_policy: &retry {max_attempts: 5}")
     path = write(tmp_path, honest + "    retry_policy: *retry\n")
     assert check(path).pipeline.by_id["second"].retry_policy.max_attempts == 5

@@ -190,10 +190,10 @@ def test_no_bytes_raise_anything_but_invalid_file(tmp_path, data):
     """Whatever stands in a skill file, the check gives faults, soon."""
     path = tmp_path / "x.skill.yaml"
     path.write_bytes(data)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InvalidFile):
         loader.load(path, aliases=MODEL_ALIASES, handler_modules=())
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 JSON_VALUES = st.recursive(

@@ -59,7 +59,7 @@ def _of_status(error: anthropic.APIStatusError, work: Work, settings: Settings) 
     failed: RateLimited | Unavailable
     match status:
         case 401 | 403:
-            return _account_problem(f"The API refuses the key in ANTHROPIC_API_KEY: {told}", work, details)
+            return _account_problem(f"The API refuses the key that ANTHROPIC_API_KEY holds ({told})", work, details)
         case 402:
             return _account_problem(f"The account cannot pay: {told}", work, details)
         case 400 | 404 | 413 | 422:

@@ -10,6 +10,7 @@ from app.pipelines.definition import Definition, Draft, may_be_missing
 from app.pipelines.model import Agent, FailureMode, Json, Pipeline, canonical_json
 from app.pipelines.names import FIELD, HANDLERS_MODULE, RUN_NAMES
 from app.pipelines.report import WHOLE_FILE, Place, Report, Unreadable, nearest
+from app.redaction import hides
 
 _T = TypeVar("_T")
 _User = Literal["gate", "idempotency_key", "key_inputs", "prompt"]
@@ -61,6 +62,8 @@ class _Assembly:
                 self._report.error(file, place, f"{shown}: {problem}")
             elif path[0] in upstream:
                 used.add(path[0])
+            if user == "idempotency_key":
+                self._warn_of_secret(path, place)
         reads = used if agent.model is not None else upstream
         return replace(
             agent,
@@ -170,6 +173,17 @@ class _Assembly:
             if problem:
                 place = top.place_in("concurrency_key", start)
                 self._report.error(self._file, place, f"{{{{{'.'.join(path)}}}}}: {problem}")
+            self._warn_of_secret(path, place)
+
+    def _warn_of_secret(self, path: templates.Path, place: Place) -> None:
+        """A key is stored, indexed and compared as it is rendered."""
+        name = self._definition.input_schema if path[0] == "input" else None
+        if path[0] in self._drafts:
+            name = self._drafts[path[0]].agent.output_schema
+        schema = self._schemas[name] if name else None
+        if hides(path[1:], schema.value if schema else None):
+            shown = ".".join(path)
+            self._report.warn(self._file, place, f"{{{{{shown}}}}} is a secret: a key should name something else.")
 
     def _field_problem(self, root: str, fields: templates.Path) -> str | None:
         if not fields:

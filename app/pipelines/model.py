@@ -11,6 +11,8 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any, Self
 
+from app.redaction import hides
+
 Json = dict[str, Any]
 
 DEFAULT_KEY = "{{run_id}}:{{agent}}"
@@ -147,6 +149,11 @@ class Pipeline:
     @cached_property
     def by_id(self) -> dict[str, Agent]:
         return {agent.id: agent for agent in self.agents}
+
+    def hides(self, parts: tuple[Json, ...]) -> bool:
+        """Whether a rendered template holds what must not be shown: what a schema or a field's name marks as secret."""
+        schemas = {"input": self.input_schema, **{agent.id: agent.schema for agent in self.agents}}
+        return any(hides(part["path"][1:], schemas.get(part["path"][0])) for part in parts if "path" in part)
 
     @cached_property
     def hash(self) -> str:

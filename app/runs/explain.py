@@ -246,9 +246,9 @@ def _waits(step: "Json", events: "Sequence[Json]") -> tuple[str, str]:
     reason, holder = str(data.get("reason", "")), _short(str(data.get("held_by") or ""))
     match reason:
         case "key_reserved":
-            return f"{agent} waits for run {holder}, which holds its key {data.get('key')!r}; it looks at {until}.", ""
+            return f"{agent} waits for run {holder}, which holds its key; it looks at {until}.", ""
         case "key_unknown":
-            why = f"run {holder} holds its key {data.get('key')!r}, whose outcome is unknown"
+            why = f"run {holder} holds its key, whose outcome is unknown"
             return f"{agent} waits until {until}: {why}.", f"stepfast explain {holder}"
         case _ if "has no handler" in reason:
             needed = "A worker is needed whose STEPFAST_SKILLS names its folder."

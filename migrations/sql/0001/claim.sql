@@ -101,13 +101,13 @@ begin
                 update stepfast.runs set event_seq = event_seq + 1 where id = p_run;
                 insert into stepfast.events (run_id, seq, name, at, agent, item, generation, data)
                 values (p_run, r.event_seq + 1, 'step.deferred', v_now, p_agent, p_item, s.generation,
-                        jsonb_build_object('reason', 'key_' || coalesce(k.state, 'freed'), 'key', v_key, 'held_by', k.run_id));
+                        jsonb_build_object('reason', 'key_' || coalesce(k.state, 'freed'), 'held_by', k.run_id));
                 return jsonb_build_object('outcome', 'deferred', 'reason', 'key_' || coalesce(k.state, 'freed'),
                                           'held_by', k.run_id);
             elsif k.inputs_hash <> v_hash then
                 v_answer := v_answer || jsonb_build_object('outcome', 'bad_key', 'problem',
-                    format('the idempotency key %s belongs to run %s with inputs %s, not %s',
-                           to_json(v_key), k.run_id, k.inputs_hash, v_hash));
+                    format('the idempotency key belongs to run %s with inputs %s, not %s',
+                           k.run_id, k.inputs_hash, v_hash));
                 v_key := null;
             else
                 v_answer := v_answer || jsonb_build_object('outcome', 'reuse', 'reused_from', k.attempt_id, 'output',
@@ -126,7 +126,7 @@ begin
     set event_seq = event_seq + 1, state = 'running', started_at = coalesce(started_at, v_now) where id = p_run;
     insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)
     values (p_run, r.event_seq + 1, 'step.claimed', v_now, p_agent, p_item, s.generation, p_attempt,
-            jsonb_build_object('worker', p_worker, 'number', s.attempts + 1, 'reads', v_reads, 'key', v_key));
+            jsonb_build_object('worker', p_worker, 'number', s.attempts + 1, 'reads', v_reads));
     return v_answer;
 end $$;
 
