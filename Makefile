@@ -63,7 +63,7 @@ clean: ## Remove what was made here, with the runs in .stepfast; refuses while s
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that what was interrupted begins anew.
-$(VENV)/demo.stamp: requirements/demo.txt
+$(VENV)/demo.stamp: requirements/demo.txt pyproject.toml
 	@for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
 	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    echo "Setting up $(VENV) with $$python; this happens once." && exec "$$python" -m venv --clear $(VENV); \

@@ -15,10 +15,11 @@ accept_content = ["json"]
 # A message is acknowledged after its step's commit. A doubled message does no harm: the claim refuses it.
 task_acks_late = True
 task_reject_on_worker_lost = True
-# Celery's own redelivery is not how steps are recovered (a sweep from Postgres is). On Redis a message unacknowledged
-# for this long is delivered again: longer than any step, or it would be started while it still runs (celery #5935).
+# Celery's own redelivery is not how steps are recovered (a sweep from Postgres is), but `stepfast.start` has nothing in
+# Postgres yet: on Redis, where a worker died with it, it comes back after this long. A step that takes longer is
+# delivered again while it runs (celery #5935), and its claim refuses that, at the price of a message.
 broker_transport_options = {
-    "visibility_timeout": 12 * 3600,
+    "visibility_timeout": 300,
     "socket_connect_timeout": 3,
     "socket_timeout": 10,
     "socket_keepalive": True,

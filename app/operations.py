@@ -64,7 +64,8 @@ def start(
     """
     current = Reads(worker.store.engine).current_hash(pipeline)
     if current is None:
-        raise UnknownName(f"No pipeline is published as {pipeline}.", next_step="Run: stepfast publish SKILL")
+        hint = nearest(pipeline, Reads(worker.store.engine).pipeline_names())
+        raise UnknownName(f"No pipeline is published as {pipeline}.{hint}", next_step="Run: stepfast publish SKILL")
     check_input(run_input, worker.settings.input_max_bytes, worker.definition(current).input_schema)
     run_id, created = worker.store.enqueue(
         pipeline, run_input, key=key, tenant=tenant, labels=labels, priority=priority

@@ -147,6 +147,11 @@ class System:
     environ: dict[str, str]
     workers: list[subprocess.Popen] = field(default_factory=list)
 
+    def use(self, database_url: str, broker_url: str) -> None:
+        """Other servers, from now on."""
+        self.database_url = self.environ["STEPFAST_DATABASE_URL"] = database_url
+        self.broker_url = self.environ["STEPFAST_BROKER_URL"] = broker_url
+
     def start_worker(self, *, queues: str = "agents,handlers", pool: str = "threads", concurrency: int = 4, **env: str):
         """A real `celery worker` process, ready to take messages."""
         number = len(self.workers)

@@ -18,17 +18,48 @@ import yaml
 from conftest import ROOT, eventually
 from deploying import EXAMPLE, commits_of, git
 
-from app import operations
+from app import embedded, operations
 from app.cli.sample_repository import make_repository, run_input
 from app.errors import NotPossible
 from app.execution import canvas
+from app.runs.database import migrate
 from app.simulator.script import load, parse
 from app.simulator.server import Simulator
 
 AGENTS = ["researcher", "coder", "reviewer", "deployer"]
 RULES = yaml.safe_load((EXAMPLE / "simulator.yaml").read_text())["rules"]
 RESEARCHER, CODER, REVIEWER = ({**rule, "delay_ms": 0} for rule in RULES)
-ARTICLES_FILE = ROOT.parent / "shared" / "seed" / "multi-agent-orchestration.skill.yaml"
+# A twin of the article's own file: its fields and values.
+ARTICLES_FILE = ROOT / "tests" / "data" / "article" / "multi-agent-orchestration.skill.yaml"
+FIVE = """
+    - {id: one, idempotent: true}
+    - {id: two, depends_on: [one], idempotent: true}
+    - {id: three, depends_on: [two], idempotent: true}
+    - {id: four, depends_on: [three], idempotent: true}
+    - {id: five, depends_on: [four], idempotent: true}
+"""
+FIVE_HANDLERS = """
+    import pathlib, threading
+
+    def _begin(ctx):
+        folder = pathlib.Path(ctx.run.input["folder"])
+        with (folder / "begun").open("a") as file:
+            file.write(f"{ctx.run.agent}\\n")
+        return folder
+
+    def one(ctx):
+        _begin(ctx)
+
+    two = three = five = one
+
+    def four(ctx):
+        folder = _begin(ctx)
+        pause = threading.Event()
+        for _ in range(3000):
+            if (folder / "go").exists():
+                return {}
+            pause.wait(0.01)
+"""
 
 
 class Story:
@@ -199,8 +230,30 @@ def test_key_of_the_article_is_the_runs_own(story):
     assert story.calls()["coder"] == 1
 
 
-def test_everything_is_killed_after_agent_three_and_goes_on_at_four(story):
-    """Partial failure: three of four agents are done, then every worker is killed; it resumes from the checkpoint."""
+def test_everything_is_killed_after_agent_three_of_five_and_goes_on_at_four(system, write_skill, tmp_path, monkeypatch):
+    """Partial failure: three of five agents are done, then workers, Postgres and broker are killed; it resumes at four."""
+    folder, home, begun = write_skill(FIVE, FIVE_HANDLERS), tmp_path / "own", tmp_path / "begun"
+    with embedded.servers(home) as own:
+        migrate(own.database_url)
+        system.use(own.database_url, own.broker_url)
+        with system.here(monkeypatch) as here:
+            run_id = operations.start(here, system.publish(here, folder), {"folder": str(tmp_path)}).run_id
+            system.start_worker(STEPFAST_LEASE_S="3")
+            eventually(lambda: begun.exists() and "four" in begun.read_text(), what="agent four")
+        system.stop()
+        for pid in embedded.running(home).values():
+            os.kill(pid, signal.SIGKILL)
+        with embedded.servers(home):
+            (tmp_path / "go").touch()
+            system.start_worker(STEPFAST_LEASE_S="3")
+            run = system.ended(run_id)
+            system.stop()
+    assert run["state"] == "completed"
+    assert begun.read_text().split() == ["one", "two", "three", "four", "four", "five"]
+
+
+def test_finished_agents_are_not_paid_for_again(story):
+    """Partial failure: three agents are done, then every worker is killed; the next ones ask the model nothing."""
     story.system.start_worker(queues="agents")
     run_id = story.start()
     eventually(lambda: story.system.states(run_id)["reviewer"] == "completed", what="three agents")
@@ -237,7 +290,6 @@ def test_deployed_commit_passes_the_repositorys_tests(story):
     assert subprocess.run(test, cwd=story.repo, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.skipif(not ARTICLES_FILE.exists(), reason="the article's own file is not beside this checkout")
 def test_articles_own_file_runs_as_it_stands(system, monkeypatch, tmp_path):
     """The skill file: audited, completed by the starter, and run against the simulator without a change to it."""
     from app.pipelines import starter

@@ -143,6 +143,12 @@ def test_audit_says_every_fault_and_what_to_type_next(cli, write_skill):
     assert audited.code == 0
     assert "  chain(a, b)\n" in audited.out
     assert "Nothing is missing" in cli("new", "--from", file).out
+    # A function that a file of the author's lacks is named, and left to the author.
+    handlers = file.parent / "handlers.py"
+    handlers.write_text(handlers.read_text().replace("def b(", "def c("))
+    lacking = cli("new", "--from", file)
+    assert (lacking.code, lacking.following) == (2, ["audit", str(file)])
+    assert "has no function 'b'" in lacking.out
 
 
 def test_runs_lists_the_newest_first(cli, store):

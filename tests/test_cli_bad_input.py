@@ -248,6 +248,11 @@ def test_from_a_folder_with_foreign_modules(system, skill, tmp_path):
     assert started.json["state"] == "pending"
     assert answer("migrate", env=system.environ, cwd=folder).code == 0
     assert answer("runs", env=system.environ, cwd=folder).code == 0
+    # Nor is what stands on PYTHONPATH, where a team's own handler modules may be.
+    on_path = tmp_path / "on_path"
+    on_path.mkdir()
+    (on_path / "app.py").write_text("raise SystemExit('foreign code was run')\n")
+    assert answer("runs", env=system.environ | {"PYTHONPATH": str(on_path)}, cwd=tmp_path).code == 0
 
 
 def test_folder_that_cannot_be_written(cli, tmp_path):

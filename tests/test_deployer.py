@@ -188,7 +188,7 @@ def test_tests_without_an_end_are_killed_with_all_that_they_started(repo, given)
     script = f"sleep 300 & echo $! $$ > {pids}; wait"
 
     with pytest.raises(TimedOut, match="did not end within"):
-        deploy(context(given | {"test_command": ["sh", "-c", script]}, timeout_ms=4_000))
+        deploy(context(given | {"test_command": ["sh", "-c", script]}, timeout_ms=8_000))
 
     for pid in pids.read_text().split():
         eventually(lambda pid=pid: not alive(pid))

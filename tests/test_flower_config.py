@@ -157,3 +157,6 @@ def test_pages_show_short_texts_without_secrets():
     assert SECRET not in str(vars(shown))
     assert len(shown.result) <= TASK_VALUE_MAX_BYTES
     assert (shown.exception, shown.name) == (None, "shop.coder")
+    # A run's input, in which the schema alone knows what is sensitive.
+    task.name, task.args, task.kwargs = "stepfast.start", "('shop', {'patient': 'Ada'})", "{'run_input': 'Ada'}"
+    assert "Ada" not in str(vars(format_task(task)))

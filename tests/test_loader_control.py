@@ -115,8 +115,8 @@ FAULTS = [
     ("[input.branch.name, ", "[input.ticket, ", "22:18 error input.ticket: the schema given does not require it"),
     ("[input.branch.name, ", "[deployer.x, ", "22:18 error deployer.x: deployer is not upstream of deployer"),
     ("[input.branch.name, ", "[codr.score, ", "22:18 error codr.score: 'codr' is neither an agent upstream nor 'input'. Did you mean 'coder'?"),
-    ("[input.branch.name, ", "[input, ", "22:18 error key_inputs is 'input', which does not match"),
-    ("[input.branch.name, ", "['{{input.repo}}', ", "22:18 error key_inputs is '{{input.repo}}', which does not match"),
+    ("[input.branch.name, ", "[input, ", "22:18 error key_inputs is 'input', but is written as"),
+    ("[input.branch.name, ", "['{{input.repo}}', ", "22:18 error key_inputs is '{{input.repo}}', but is written as"),
     ("[input.branch.name, coder.score, linter.score]", "input.repo", "22:17 error key_inputs is no list: write [a, b]."),
     ("[input.branch.name, coder.score, linter.score]", f"[{'input.repo, ' * 21}]", "22:17 error key_inputs holds more than 20 names."),
     # Order and time.

@@ -12,8 +12,9 @@ import warnings
 
 import pytest
 import structlog
+from conftest import eventually
 
-from app import events
+from app import events, operations
 from app.events import Event, bound, emit
 from app.observe import logs
 from app.settings import ROOT, Settings
@@ -397,6 +398,18 @@ def send(**_):
         fail.delay("{SECRET}")
     stop.delay()
 """
+
+
+def test_a_childs_death_and_an_imports_prints_are_lines(system, here, write_skill):
+    """What the pool says of a dead child, and what handlers.py prints while it is imported, is JSON like the rest."""
+    handlers = "import os\nprint('imported, password=' + 'hunter2')\ndef only(ctx): os._exit(7)\n"
+    name = system.publish(here, write_skill("- {id: only, retry_policy: {max_attempts: 1}}", handlers))
+    worker = system.start_worker(pool="prefork", concurrency=1)
+    assert system.ended(operations.start(here, name, {}).run_id)["state"] == "failed"
+    eventually(lambda: "exitcode 7" in worker.log.read_text(), what="the child's end")
+    lines = [json.loads(line) for line in worker.log.read_text().splitlines()]
+    printed = {line["message"] for line in lines if line["event"] == "handler.printed"}
+    assert printed == {"imported, password=[redacted]"}
 
 
 @pytest.mark.parametrize("pool", ["threads", "prefork"])

@@ -51,6 +51,29 @@ def test_migrations_go_back_and_forth(empty_database_url):
     assert migrate(empty_database_url) == (None, head_revision())
 
 
+def test_newer_schema_is_left_as_it_is(database_url):
+    """An older version that the schema still admits finds nothing to migrate: rolling code back must not fail."""
+    with connected(database_url) as connection:
+        connection.execute(text("update stepfast.alembic_version set version_num = '0099'"))
+    assert migrate(database_url) == ("0099", "0099")
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("update stepfast.meta set min_code_version = 99", "asks for code version 99"),
+        ("update stepfast.meta set min_code_version = 99; update stepfast.alembic_version set version_num = '0099'", "asks for code version 99"),
+        ("delete from stepfast.alembic_version", "does not say at which migration"),
+    ],
+)  # fmt: skip
+def test_schema_that_cannot_be_migrated_is_refused(database_url, statement, said):
+    """Too new for this code, or of unknown age: one sentence, and nothing is changed."""
+    with connected(database_url) as connection:
+        connection.execute(text(statement))
+    with pytest.raises(NotReady, match=said):
+        migrate(database_url)
+
+
 def test_several_may_migrate_at_once(empty_database_url):
     """One migrates; the others wait and find nothing to do."""
     with ThreadPoolExecutor(4) as pool:

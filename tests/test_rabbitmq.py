@@ -53,7 +53,7 @@ def rabbit(tmp_path_factory):
 
 @pytest.fixture
 def on_rabbit(system, rabbit, monkeypatch):
-    system.broker_url = system.environ["STEPFAST_BROKER_URL"] = rabbit
+    system.use(system.database_url, rabbit)
     with system.here(monkeypatch) as current:
         yield current
 

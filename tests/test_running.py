@@ -1,7 +1,9 @@
 """Real workers, a real broker, a real Postgres: runs from start to end, and what kills them on the way."""
 
+import json
 import os
 import signal
+import time
 from uuid import UUID
 
 import psycopg
@@ -11,6 +13,7 @@ from conftest import eventually, use_broker
 
 from app import operations
 from app.errors import NotPossible
+from app.runs.reads import Reads
 
 DIAMOND = """
     - {id: a}
@@ -158,6 +161,23 @@ def test_plain_sql_starts_a_run(system, here, write_skill):
     with psycopg.connect(system.database_url.replace("+psycopg", ""), autocommit=True) as connection:
         run_id = connection.execute("select run_id from stepfast.enqueue_v1(%s, %s)", (name, '{"n": 2}')).fetchone()[0]
     assert system.ended(run_id, within_s=10)["state"] == "completed"
+
+
+def test_start_comes_back_when_its_worker_dies_with_it(system, here, write_skill):
+    """A `stepfast.start` whose worker died six minutes ago starts its run, though Postgres knew nothing of it."""
+    from app.celery import celery
+
+    name = system.publish(here, write_skill(DIAMOND, DIAMOND_HANDLERS))
+    celery.send_task("stepfast.start", (name, {"n": 1}), queue="agents")
+    with _redis(system.broker_url) as client:
+        # What the death of a worker leaves on Redis: a message that was taken then, and is in nobody's hands now.
+        message = json.loads(client.rpop("agents"))
+        tag = message["properties"]["delivery_tag"]
+        client.hset("unacked", tag, json.dumps([message, "agents", "agents"]))
+        client.zadd("unacked_index", {tag: time.time() - 360})
+    system.start_worker()
+    runs = eventually(lambda: Reads(here.store.engine).run_list(), what="a run")
+    assert system.ended(runs[0]["id"])["state"] == "completed"
 
 
 def test_celery_starts_a_run_once(system, here, write_skill):

@@ -1,14 +1,14 @@
 """Secrets, planted wherever a run can carry them, and searched for in everything that comes out."""
 
 import json
-import subprocess
 
+import commanding
 import psycopg
 import redis
-from commanding import STEPFAST
-from conftest import ROOT, eventually
+from conftest import eventually
 
 from app import operations
+from app.runs.reads import Reads
 
 SECRETS = {
     "in a key's name": "hunter2-correct-horse",
@@ -30,6 +30,19 @@ HANDLERS = """
 
     def second(ctx):
         raise ValueError("cannot reach " + ctx.run.input["url"] + " with " + ctx.run.input["note"])
+
+    def reviewed(ctx): return {}
+"""
+# A rendered key, a review's feedback and a request to approve are further ways out.
+AGENTS = """
+    - {id: first, output_schema: first, idempotent: true, idempotency_key: "{{input.diagnosis}}:{{input.password}}"}
+    - id: reviewed
+      depends_on: [first]
+      gate: "{{first.note}} == 'never'"
+      on_refused: {rerun: first, max_rounds: 1}
+      failure_mode: continue
+    - {id: approved, handler: handlers:reviewed, idempotent: true, depends_on: [first], requires_human_approval: true}
+    - {id: second, depends_on: [reviewed], retry_policy: {max_attempts: 1}, failure_mode: continue}
 """
 SCHEMA = {
     "type": "object",
@@ -38,6 +51,7 @@ SCHEMA = {
         "note": {"type": "string"},
         "diagnosis": {"type": "string", "x-sensitive": True},
     },
+    "required": ["password", "note", "diagnosis"],
 }
 GIVEN = {
     "password": SECRETS["in a key's name"],
@@ -51,18 +65,16 @@ def _found(text: str) -> list[str]:
     return [name for name, secret in SECRETS.items() if secret in text]
 
 
-def test_no_secret_leaves_by_any_output(system, here, write_skill):
+def test_no_secret_leaves_by_any_output(system, here, write_skill, capsys):
     """Logs, dead letters (row and message), errors and events hold none, with log_inputs and log_outputs on."""
     folder = write_skill(
-        "- {id: first, output_schema: first}\n- {id: second, depends_on: [first], retry_policy: {max_attempts: 1}}",
+        AGENTS,
         HANDLERS,
         files={"schemas/first.json": json.dumps(SCHEMA)},
     )
     file = folder / "tested.skill.yaml"
     # The input's schema marks what is sensitive in the input, as the output's does in the output.
-    (folder / "schemas" / "given.json").write_text(
-        json.dumps({"type": "object", "properties": {"diagnosis": {"type": "string", "x-sensitive": True}}})
-    )
+    (folder / "schemas" / "given.json").write_text(json.dumps(SCHEMA))
     file.write_text(
         file.read_text().replace("agents:", "input_schema: given\nagents:")
         + "tracing: {enabled: true, provider: logs, log_inputs: true, log_outputs: true}\n"
@@ -70,11 +82,17 @@ def test_no_secret_leaves_by_any_output(system, here, write_skill):
     system.environ["ANTHROPIC_API_KEY"] = SECRETS["of Anthropic"]
     system.start_worker()
     name = system.publish(here, folder)
-    run = system.ended(operations.start(here, name, GIVEN).run_id)
-    assert run["state"] == "failed"
+    run_id = operations.start(here, name, GIVEN).run_id
+    ends = {"first": "completed", "reviewed": "discarded", "approved": "suspended", "second": "discarded"}
+    eventually(lambda: system.states(run_id) == ends, what="a run that waits for a person")
+    assert system.run(run_id)["steps"][0]["feedback"]
+    # The same key with another input is refused.
+    assert system.ended(operations.start(here, name, GIVEN | {"note": "another"}).run_id)["state"] == "failed"
+    letters = [entry["id"] for entry in Reads(here.store.engine).dead_letter_list()]
+    assert len(letters) == 3
     path, _, number = system.broker_url.removeprefix("redis+socket://").partition("?virtual_host=")
     with redis.Redis(unix_socket_path=path, db=int(number)) as client:
-        eventually(lambda: client.llen("stepfast.dead"), what="the dead letter's message")
+        eventually(lambda: client.llen("stepfast.dead") >= len(letters), what="the letters' messages")
         assert _found(_decoded(client.lrange("stepfast.dead", 0, -1))) == []
 
     logs = "".join(worker.log.read_text() for worker in system.workers)
@@ -88,23 +106,27 @@ def test_no_secret_leaves_by_any_output(system, here, write_skill):
             "select data from stepfast.events",
         ):
             assert _found(str(connection.execute(question).fetchall())) == [], question
+    with commanding.in_process(capsys) as cli:
+        _search(cli, run_id, letters)
+
+
+def _search(cli, run_id, letters):
     for command in (
-        ["show", "last"],
-        ["show", "last", "--json"],
+        ["show", str(run_id)],
+        ["show", str(run_id), "--json"],
+        ["explain", str(run_id)],
+        ["explain", "last"],
+        ["approve", str(run_id), "approved"],
+        ["resume", "last", "--plan"],
+        *(["dead", "show", letter] for letter in letters),
         ["runs", "--json"],
         ["dead"],
         ["dead", "list", "--json"],
     ):
-        done = subprocess.run(
-            [STEPFAST, *command],
-            cwd=ROOT,
-            env=system.environ,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode in {0, 1}, done.stderr
-        assert _found(done.stdout + done.stderr) == [], command
+        said = cli(*command)
+        # Nobody can be asked here: it shows what it would ask for.
+        assert said.code == (2 if command[0] == "approve" else 0), said
+        assert _found(said.out + said.err) == [], command
 
 
 def _decoded(messages: list[bytes]) -> str:

@@ -1,8 +1,11 @@
 """The states and their transitions, in Python and in the database."""
 
+from uuid import UUID
+
 import pytest
 from pipelines import line
-from sqlalchemy import text
+from sqlalchemy import bindparam, text
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from app.runs import states
@@ -74,3 +77,22 @@ def test_database_refuses_states_and_times_that_disagree(store, change):
     store.enqueue("tested", {})
     with store.engine.connect() as connection, pytest.raises(IntegrityError, match="check"):
         connection.execute(text(change))
+
+
+@pytest.mark.parametrize(
+    ("state", "of_step"), [("completed", True), ("executing", True), ("skipped", True), ("completed", False), ("running", False)]
+)  # fmt: skip
+def test_database_refuses_a_row_that_begins_in_the_middle(store, state, of_step):
+    """Whoever writes, a run begins pending, and a step pending or available."""
+    store.publish(line("a"))
+    run_id, _ = store.enqueue("tested", {})
+    table, name = ("steps", "agent") if of_step else ("runs", "id")
+    copied = f"insert into stepfast.{table} select (jsonb_populate_record(row, :changes)).* from stepfast.{table} row"
+    changes = {
+        name: "b" if of_step else str(UUID(int=1)),
+        "state": state,
+        "ended_at": "2026-01-01",
+        "attempt_id": str(run_id),
+    }
+    with store.engine.connect() as connection, pytest.raises(DBAPIError, match=f"may not begin as {state}"):
+        connection.execute(text(copied).bindparams(bindparam("changes", type_=JSONB)), {"changes": changes})

@@ -126,7 +126,7 @@ def test_demo_ends_in_tested_commits(tmp_path_factory, environ, folder):
         assert subprocess.check_output([*git, "status", "--porcelain", "--branch"], text=True) == "## main\n"
 
     following = lines[-1].removeprefix("Next: ")
-    assert following == f"STEPFAST_HOME={home}/demo {shlex.quote(str(STEPFAST))} show last --embedded"
+    assert following == f"export STEPFAST_HOME={home}/demo && {shlex.quote(str(STEPFAST))} show last --embedded"
     shown = subprocess.check_output(
         ["/bin/sh", "-c", following], cwd=folder, env={"PATH": os.environ["PATH"]}, text=True
     )

@@ -132,7 +132,7 @@ def _load_beside(folder: Path) -> tuple[ModuleType, str]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # pickles and dataclasses look a class's module up there
-    with _broken_import(str(file)):
+    with _broken_import(str(file)), printing_as_events():
         spec.loader.exec_module(module)
     return module, hashlib.sha256(source).hexdigest()
 
@@ -153,7 +153,7 @@ class _Source(importlib.abc.SourceLoader):
 
 @lru_cache(SKILL_FOLDERS_MAX)
 def _load_module(name: str) -> tuple[ModuleType, str]:
-    with _broken_import(name):
+    with _broken_import(name), printing_as_events():
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:

@@ -404,9 +404,13 @@ def _called(entry: "Json") -> bool:
 
 
 def _look(home: Path) -> str:
-    """The command that shows the run, also after the servers stopped. What names other servers is unset by it."""
+    """The command that shows the run, also after the servers stopped.
+
+    It exports what it needs, so that the commands that `show` names work after it; what names other servers is unset.
+    """
     unset = "".join(f"{name}= " for name in map(variable, ("database_url", "broker_url")) if os.environ.get(name))
-    return f"{unset}{variable('home')}={shlex.quote(_from_here(home))} {local.program()} show last --embedded"
+    exported = f"export {unset}{variable('home')}={shlex.quote(_from_here(home))}"
+    return f"{exported} && {local.program()} show last --embedded"
 
 
 def _from_here(path: Path) -> str:

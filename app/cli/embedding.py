@@ -23,6 +23,11 @@ class Embedding:
     simulate: bool = False
     skill: Path | None = None
 
+    @property
+    def going_on(self) -> str:
+        """The command under which an interrupted run goes on: workers with the skills that this home had last."""
+        return f"stepfast up{' --simulate' if self.simulate else ''}"
+
     def extend(self, command: str) -> str:
         """A command of ours, as it is typed to go on here."""
         if command == "stepfast up":

@@ -70,7 +70,7 @@ def _from_database(error: BaseException) -> StepfastError | None:
         return told
     except DBAPIError as other:
         if getattr(other.orig, "sqlstate", "") in {"25006", "42501"}:
-            said = str(other.orig).splitlines()[0]
+            said = str(other.orig).splitlines()[0].rstrip(".")
             return NotReady(
                 f"Postgres refuses: {said}.",
                 next_step="STEPFAST_DATABASE_URL must name a primary server, and a user who may do this.",

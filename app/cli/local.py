@@ -22,6 +22,7 @@ LOOPBACK = "127.0.0.1"
 FLOWER_PORT = 5555
 WORKERS = ("agents", "handlers")
 SCRIPT = "simulator.yaml"
+_LAST_SKILLS = "last-skills"
 ANSWER_TIMEOUT_S = 0.2
 # Celery reads these too, and they stand in the shells of those who use Celery elsewhere.
 _CELERYS = re.compile(r"CELERY_.*|APP|BROKER_URL|RESULT_BACKEND|LOADER|CONFIG_MODULE")
@@ -43,10 +44,12 @@ def start_system(
 ) -> Running:
     """Starts migrated servers and the Procfile's processes of these names; `stack` stops them.
 
-    The servers are embedded ones where the settings name none; from then on this process's settings name them. Raises
-    NotReady where something does not start, or where this home has workers already; Misuse for two simulator scripts.
+    The servers are embedded ones where the settings name none; from then on this process's settings name them. Without
+    skills it takes those that this home's workers had last. Raises NotReady where something does not start, or where
+    this home has workers already; Misuse for two simulator scripts.
     """
     configured = settings.load()
+    skills = skills or _last_skills(configured.home)
     if simulate:
         _script_of(skills)  # refused before anything is started
     stack.enter_context(only_one(configured.home))
@@ -127,8 +130,18 @@ def start_processes(
     logs = configured.home / "logs"
     with stack.held():
         processes = stack.enter_context(Processes(commands, environ, logs, unfailing(say), lambda: stack.hurry))
+    (configured.home / _LAST_SKILLS).write_text("\n".join(map(str, _folders(skills))))
     processes.wait_ready(lambda name, pid: _answers(ports[name]) if name in ports else _is_consuming(name, pid))
     return Running(logs, *(_url(ports[name]) if name in ports else None for name in ("simulator", "flower")))
+
+
+def _last_skills(home: Path) -> list[Path]:
+    """The folders of skills that workers on this home had last, without those that are gone."""
+    try:
+        found = map(Path, (home / _LAST_SKILLS).read_text().splitlines())
+    except OSError:
+        return []
+    return [folder for folder in found if any(path.name.endswith(loader.SUFFIXES) for path in folder.glob("*"))]
 
 
 def _script_of(skills: Sequence[Path]) -> Path | None:

@@ -79,7 +79,7 @@ def check_broker() -> None:
             connection.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT_S)
     except Exception as error:  # each of kombu's transports raises errors of its own library
         raise NotReady(
-            f"The broker cannot be reached: {str(error) or type(error).__name__}.",
+            f"The broker cannot be reached: {(str(error) or type(error).__name__).rstrip('.')}.",
             next_step="Check STEPFAST_BROKER_URL and that the broker runs.",
         ) from error
 
@@ -103,9 +103,15 @@ def load_skill(path: Path) -> "Pipeline":
 
 
 def run_command(target: Path | str, pipeline: "Pipeline") -> str:
-    """The command that starts a run, with the fields that its input must have."""
-    required = (pipeline.input_schema or {}).get("required", ())
-    return f"stepfast run {quote(str(target))}{''.join(f' --input {name}=...' for name in required)}"
+    """The command that starts a run here and now, with the fields that its input must have."""
+    configured = settings.load()
+    options = [f" --input {name}=..." for name in (pipeline.input_schema or {}).get("required", ())]
+    if not (configured.database_url or configured.broker_url):
+        options.append(" --embedded")
+        asks_claude = any(agent.model for agent in pipeline.agents)
+        if asks_claude and not (configured.anthropic_api_key or configured.anthropic_base_url):
+            options.append(" --simulate")
+    return f"stepfast run {quote(str(target))}{''.join(options)}"
 
 
 def ask(question: str, alone: Misuse, refused: str, *, as_json: bool = False) -> None:

@@ -51,7 +51,7 @@ def finish(
     except KeyboardInterrupt:
         rest = "stops here, and goes on with the next workers" if embedding else "goes on"
         print(f"\nNo longer watching: run {run_id} {rest}.", file=sys.stderr)
-        output.print_next(following, sys.stderr)
+        output.print_next(embedding.going_on if embedding else following, sys.stderr)
         raise
     if fields is not None:
         from app import operations

@@ -57,7 +57,12 @@ def log_request(handler: RequestHandler) -> None:
 
 
 def format_task(task: Any) -> Any:  # noqa: ANN401  # Flower's copy of a task, without a type
-    """Flower's hook for what its pages show of a task."""
+    """Flower's hook for what its pages show of a task.
+
+    The arguments of `stepfast.start` are a run's input, whose schema alone says what is sensitive in it.
+    """
+    if task.name == "stepfast.start":
+        task.args, task.kwargs = "[redacted]", "[redacted]"
     for name in ("args", "kwargs", "result", "exception", "traceback"):
         value = getattr(task, name)
         if value is not None:

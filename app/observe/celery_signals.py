@@ -17,8 +17,15 @@ def connect(settings: Settings) -> None:
         logs.setup(settings)  # before Celery asks for it, so that its first warning is a line too
         _silence(instance)
 
+    def set_up(**_: object) -> None:
+        from billiard.util import get_logger
+
+        logs.setup(settings)
+        # The pool of processes keeps its lines from the root logger, and Python then prints them as they are.
+        get_logger().propagate = True
+
     # Celery leaves logging alone where `setup_logging` has a receiver. Closures would vanish from a weak reference.
-    signals.setup_logging.connect(lambda **_: logs.setup(settings), weak=False, dispatch_uid="stepfast.logs")
+    signals.setup_logging.connect(set_up, weak=False, dispatch_uid="stepfast.logs")
     signals.celeryd_init.connect(set_up_worker, weak=False, dispatch_uid="stepfast.worker_logs")
     signals.task_prerun.connect(lambda **_: events.clear(), weak=False, dispatch_uid="stepfast.clear")
 

@@ -15,6 +15,17 @@ FIELD = re.compile(r"[a-z][a-z0-9_]{0,63}(\.[\w-]{1,64}){1,9}", re.ASCII)
 QUEUE_NAME = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
 HANDLER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,9}:[A-Za-z_]\w*", re.ASCII)
 
+# How each is written, for whoever wrote it otherwise.
+WRITTEN = {
+    AGENT_ID: "lower-case letters, digits and '_', beginning with a letter, at most 64",
+    PIPELINE_NAME: "letters, digits, '_', '.' and '-', beginning with a letter or a digit, at most 100",
+    VERSION: "letters, digits, '_', '.', '+' and '-', such as 1.0.0, at most 64",
+    SCHEMA_NAME: "letters, digits, '_' and '-', at most 64: the file's name in schemas/, without .json",
+    FIELD: "agent.field or input.field",
+    QUEUE_NAME: "lower-case letters, digits, '_', '.' and '-', beginning with a letter, at most 64",
+    HANDLER: "module:function, such as handlers:deploy",
+}
+
 # The module that lies beside the skill file.
 HANDLERS_MODULE = "handlers"
 

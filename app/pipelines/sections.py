@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
+from app.pipelines.names import WRITTEN
 from app.pipelines.report import Place, Report, cut, nearest
 from app.pipelines.yaml_source import Mapping, Node, Scalar, Sequence
 
@@ -146,7 +147,7 @@ class Section:
     def _named(self, key: str, scalar: Scalar, pattern: re.Pattern[str]) -> str | None:
         if pattern.fullmatch(scalar.text):
             return scalar.text
-        self.error_at(scalar.place, f"{key} is {cut(scalar.text)}, which does not match {pattern.pattern}.")
+        self.error_at(scalar.place, f"{key} is {cut(scalar.text)}, but is written as {WRITTEN[pattern]}.")
         return None
 
     def _plain(self, key: str, pattern: re.Pattern[str], what: str) -> Scalar | None:

@@ -84,9 +84,9 @@ def readiness() -> "Iterator[None]":
     except DBAPIError as error:
         if not is_outage(error):
             raise
-        reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else "no answer"
+        reason = next(iter(str(error.orig).strip().splitlines()), "no answer").rstrip(".")
         raise NotReady(
-            f"Postgres cannot be used: {reason}", next_step="Check STEPFAST_DATABASE_URL and that the server runs."
+            f"Postgres cannot be used: {reason}.", next_step="Check STEPFAST_DATABASE_URL and that the server runs."
         ) from error
 
 
@@ -115,7 +115,8 @@ def head_revision() -> str:
 def migrate(url: str, *, revision: str = "head") -> tuple[str | None, str | None]:
     """Brings the schema to a revision ("base" removes it). Returns the revisions before and after.
 
-    Several may call at once: one migrates, the others wait and find nothing to do.
+    Several may call at once: one migrates, the others wait and find nothing to do. So does an older version of the code
+    that the newer schema still admits. Raises NotReady where it does not, or where the schema is of unknown age.
     """
     from alembic import command
     from alembic.config import Config
@@ -134,10 +135,18 @@ def migrate(url: str, *, revision: str = "head") -> tuple[str | None, str | None
         config.attributes["connection"] = connection
         state = MigrationContext.configure(connection, opts={"version_table_schema": "stepfast"})
         before = state.get_current_revision()
-        if revision == "base":
+        if before is None and connection.execute(text("select to_regclass('stepfast.runs')")).scalar():
+            raise NotReady(
+                "The database has Stepfast's tables, and does not say at which migration they are.",
+                next_step="Restore stepfast.alembic_version from a backup.",
+            )
+        if before is not None and before > head_revision():
+            check_ready(connection)
+        elif revision == "base":
             command.downgrade(config, revision)
         else:
             command.upgrade(config, revision)
+            check_ready(connection)
         after = state.get_current_revision()
         connection.commit()
     return before, after

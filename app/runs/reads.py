@@ -78,6 +78,10 @@ class Reads:
         found = self._rows(select(pipeline_names.c.hash).where(pipeline_names.c.name == pipeline))
         return found[0]["hash"] if found else None
 
+    def pipeline_names(self) -> "list[str]":
+        """The names of published pipelines, at most LIST_MAX."""
+        return [row["name"] for row in self._rows(select(pipeline_names.c.name).limit(LIST_MAX))]
+
     def pipeline_hash(self, run_id: UUID) -> str:
         """The definition that a run pins. Raises UnknownName."""
         found = self._rows(select(runs.c.pipeline_hash).where(runs.c.id == run_id))

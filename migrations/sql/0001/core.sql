@@ -37,6 +37,16 @@ end $$;
 create trigger run_transition before update of state on stepfast.runs
     for each row when (old.state is distinct from new.state) execute function stepfast.check_run_transition();
 
+-- Both begin at their beginning: whatever else is written as a new row was never in another state.
+create function stepfast.refuse_beginning() returns trigger language plpgsql as $$
+begin
+    raise exception 'a row of % may not begin as %', tg_table_name, new.state using errcode = 'SF100';
+end $$;
+create trigger step_beginning before insert on stepfast.steps
+    for each row when (new.state not in ('pending', 'available')) execute function stepfast.refuse_beginning();
+create trigger run_beginning before insert on stepfast.runs
+    for each row when (new.state <> 'pending') execute function stepfast.refuse_beginning();
+
 -- What an ended attempt recorded stands: an output is an immutable row of its attempt. One exception: a lost attempt whose
 -- outcome is unknown may still confirm it (complete_v1).
 create function stepfast.refuse_change() returns trigger language plpgsql as $$
