@@ -19,7 +19,13 @@ class AttemptFailed(Exception):  # reads as a state, as in errors.py
     """Ends the task as FAILURE, so that Flower shows the attempt as failed and Celery drops the rest of the chain."""
 
 
-@shared_task(bind=True, name=canvas.STEP_TASK, ignore_result=True, throws=(AttemptFailed,))
+@shared_task(
+    bind=True,
+    name=canvas.STEP_TASK,
+    ignore_result=True,
+    throws=(AttemptFailed,),
+    Request="app.execution.messages:StepRequest",
+)
 def step(self: "Task", *args: str) -> str:
     """One attempt at one step. Returns the step's new state; raises AttemptFailed where the attempt failed."""
     events.clear()
