@@ -98,11 +98,11 @@ class RabbitMQ:
                 )
             time.sleep(POLL_S)
 
-    def stop(self) -> None:
-        """Ends it in its own way, or at last by force; its data stays."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ends it in its own way, or at last, or `at_once`, by force; its data stays."""
         if self._server is None:
             return
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number in (signal.SIGKILL,) if at_once else (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 os.killpg(self._server.pid, number)
             with suppress(subprocess.TimeoutExpired):
