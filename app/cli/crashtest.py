@@ -111,10 +111,12 @@ def _play(order: "Order", asked: _Asked) -> "Report":
         why = f": {'; '.join(row.why)}" if row.why else ""
         _say(output.one_line(f"{done}/{count} {row.cell.name}: {MARKS[row.verdict]}{recovered}{why}"))
 
+    matrix = Matrix(order, asked.only, _say, tell)
     with OrderlyExit() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stepfast-crashtest-")))
         servers = Servers(stack, home, asked.broker, _say)
-        return Matrix(order, asked.only, _say, tell).run(servers, home)
+        matrix.run(servers, home)
+    return matrix.report
 
 
 def _earlier(name: str, pipeline: "Pipeline") -> _Earlier:

@@ -7,8 +7,6 @@ from app.crashtest.cells import Answers
 from app.pipelines.model import Agent, Json, Pipeline
 from app.simulator.script import Match, Rule, Script
 
-OVERLOADED, REFUSED = 529, 400
-
 
 def recorded(pipeline: Pipeline, outputs: Mapping[str, Json]) -> Script:
     """Answers that repeat an earlier run's outputs, by agent."""
@@ -26,9 +24,9 @@ def script(pipeline: Pipeline, good: Script, agent: str, answers: Answers) -> Sc
     rules = [Rule(match=Match(system=_system(one), nth=[])) for one in _counted(pipeline)]
     match = Match(system=_system(pipeline.by_id[agent])) if answers != Answers.GOOD else Match()
     if answers == Answers.FAILS_ONCE:
-        rules.append(Rule(match=match, times=1, status=OVERLOADED))
+        rules.append(Rule(match=match, times=1, status=529))
     elif answers == Answers.FAILS:
-        rules.append(Rule(match=match, status=REFUSED))
+        rules.append(Rule(match=match, status=400))
     # A person likes to watch; a crash test has better things to wait for.
     return Script(rules=[*rules, *(rule.model_copy(update={"delay_ms": 0}) for rule in good.rules)])
 

@@ -84,7 +84,8 @@ class Report:
         if self.whole:
             case = ET.SubElement(suite, "testcase", classname=name, name="whole database")
             ET.SubElement(case, "failure", message="; ".join(self.whole))
-        return ET.tostring(suite, encoding="utf-8", xml_declaration=True)
+        document: bytes = ET.tostring(suite, encoding="utf-8", xml_declaration=True)
+        return document
 
 
 class Matrix:
@@ -103,9 +104,9 @@ class Matrix:
         self._last: deque[Cell] = deque()
         self.report = Report()
 
-    def run(self, servers: "Servers", home: Path) -> Report:
-        """Plays all cells. Raises NotSound; NotReady where something does not start."""
-        lanes = 1 if self._patterns else max(1, min(LANES_MAX, os.cpu_count() or 1))
+    def run(self, servers: "Servers", home: Path) -> None:
+        """Plays all cells, into `report`. Raises NotSound; NotReady where something does not start."""
+        lanes = min(LANES_MAX, os.cpu_count() or 1, len(self._patterns) or LANES_MAX)
         self._say("Making the database.")
         servers.make_lanes(lanes)
         self._planned = threading.Barrier(lanes)
@@ -128,7 +129,6 @@ class Matrix:
                 raise error
         order = {cell.name: number for number, cell in enumerate(self.report.cells)}
         self.report.rows.sort(key=lambda row: order[row.cell.name])
-        return self.report
 
     def _work(self, number: int, servers: "Servers", home: Path) -> None:
         with ExitStack() as stack:

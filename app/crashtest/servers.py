@@ -46,7 +46,7 @@ class Servers:
             connection.execute(f"create database {DATABASE}0")
             migrate(self.database_url(0))
             for lane in range(1, count):
-                connection.execute(f"create database {DATABASE}{lane} template {DATABASE}0")  # type: ignore[call-overload]
+                connection.execute(f"create database {DATABASE}{lane} template {DATABASE}0")
         if self._rabbitmq and count > 1:
             self._rabbitmq.add_virtual_hosts([f"lane{lane}" for lane in range(1, count)])
 
