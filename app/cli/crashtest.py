@@ -112,6 +112,9 @@ def _play(order: "Order", asked: _Asked) -> "Report":
         _say(output.one_line(f"{done}/{count} {row.cell.name}: {MARKS[row.verdict]}{recovered}{why}"))
 
     matrix = Matrix(order, asked.only, _say, tell)
+    _say("Claude is simulated: nothing is paid for. Handlers are really called.")
+    if asking := [agent.id for agent in order.pipeline.agents if agent.requires_human_approval]:
+        _say(f"Approvals are given by themselves, of {', '.join(asking)}.")
     with OrderlyExit() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stepfast-crashtest-")))
         servers = Servers(stack, home, asked.broker, _say)
