@@ -105,3 +105,12 @@ def test_every_point_has_a_cell():
     few = cells.every(Pipeline("few", "1.0.0", (does,)), {(CrashPoint.CLAIM_AFTER, "does")}, frozenset(), 0)
     assert CrashPoint.CLAIM_AFTER not in cells.not_reached(few)
     assert of_dead - {CrashPoint.SWEEP_AFTER} < set(cells.not_reached(few))
+
+
+def test_every_point_is_documented():
+    """docs/crashtest.md has a row for each point, in the words of the code, and one for each fault."""
+    text = (ROOT / "docs" / "crashtest.md").read_text()
+    for point in CrashPoint:
+        assert f"| `{point.label}` | {point.where} |" in text
+    for fault in cells.Fault:
+        assert f"`{fault}`" in text or f"`.{fault.rpartition('.')[2]}`" in text
