@@ -2,7 +2,8 @@
 
 Silent unless STEPFAST_CRASH_POINTS names a folder. In it a file `POINT:AGENT` arms a point, for the first process that
 reaches it for that agent. That process removes the file, which only one can, and kills itself by SIGKILL; or, where the
-file holds STOP, it stops until somebody continues it. So a point strikes once, and whoever takes over lives.
+file begins with STOP, it stops until somebody continues it. So a point strikes once, and whoever takes over lives. A
+run's id behind that word holds a point to that run where it is reached with a message, which may be an old one.
 
 Which process: with the pools `threads` and `solo` the whole worker. With `prefork` the child that executes, while its
 parent lives; but the parent at the points of `ack` and `sweep`, and where a sweep sends. At the points of `enqueue` and
@@ -22,7 +23,7 @@ from app.errors import NotReady
 NOTES = "notes"
 # Beyond this nothing more is noted: a crash test empties the file before each of its cells.
 NOTES_MAX_BYTES = 10_000_000
-ORDER_MAX_BYTES = 10
+ORDER_MAX_BYTES = 100
 
 
 class CrashPoint(Enum):
@@ -96,23 +97,25 @@ def is_used() -> bool:
     return _folder is not None
 
 
-def reach(point: CrashPoint, agent: str = NO_AGENT) -> None:
+def reach(point: CrashPoint, agent: str = NO_AGENT, run: str = "") -> None:
     """Says that this process has come to a point. Nothing happens unless a crash test is under way."""
     if _folder is not None:
-        _obey(_folder, point, agent)
+        _obey(_folder, point, agent, run)
 
 
-def _obey(folder: Path, point: CrashPoint, agent: str) -> None:
+def _obey(folder: Path, point: CrashPoint, agent: str, run: str) -> None:
     order = folder / f"{point.label}:{agent}"
     try:
         with order.open() as file:
-            stops = file.read(ORDER_MAX_BYTES).strip() == "STOP"
-        order.unlink()  # only one process can
+            word, _, of_run = file.read(ORDER_MAX_BYTES).strip().partition(" ")
+        meant = not (of_run and run) or of_run == run
+        if meant:
+            order.unlink()  # only one process can
     except FileNotFoundError:
-        _note(folder, Note(struck=False, point=point, agent=agent, pid=os.getpid(), at_s=time.time()))
-        return
-    _note(folder, Note(struck=True, point=point, agent=agent, pid=os.getpid(), at_s=time.time()))
-    os.kill(os.getpid(), signal.SIGSTOP if stops else signal.SIGKILL)
+        meant = False
+    _note(folder, Note(struck=meant, point=point, agent=agent, pid=os.getpid(), at_s=time.time()))
+    if meant:
+        os.kill(os.getpid(), signal.SIGSTOP if word == "STOP" else signal.SIGKILL)
 
 
 def _note(folder: Path, note: Note) -> None:
@@ -137,10 +140,10 @@ def notes(folder: Path) -> list[Note]:
     ]
 
 
-def arm(folder: Path, point: CrashPoint, agent: str = NO_AGENT, *, stops: bool = False) -> None:
+def arm(folder: Path, point: CrashPoint, agent: str = NO_AGENT, run: str = "", *, stops: bool = False) -> None:
     """Has the first process that reaches the point for the agent killed; or stopped, until it gets SIGCONT."""
     partial = folder / f".{point.label}:{agent}"
-    partial.write_text("STOP" if stops else "KILL")
+    partial.write_text(f"{'STOP' if stops else 'KILL'} {run}")
     partial.rename(folder / f"{point.label}:{agent}")  # an order is seen whole, or not at all
 
 

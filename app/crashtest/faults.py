@@ -6,6 +6,7 @@ where a worker has stopped itself (SIGSTOP, at `complete.before`) with an answer
 
 import os
 import signal
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -15,7 +16,6 @@ from app.crashpoints import CrashPoint, Note
 from app.crashtest.cells import Cell, Fault
 from app.execution.canvas import STEP_TASK
 from app.execution.queues import StepAMQP
-from app.pipelines.model import Json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -97,20 +97,21 @@ FAULTS: "dict[Fault, Callable[[Lane, Playing], Iterator[None]]]" = {
 }
 
 
-def start_by_message(lane: "Lane", cell: Cell, run_input: Json, tenant: str) -> UUID | None:
+@contextmanager
+def around_start(lane: "Lane", cell: Cell, run_id: UUID) -> "Iterator[None]":
     """Where the broker is wiped, first with a message that waits on it: the workers are stopped for a moment."""
     if cell.fault != Fault.BROKER_WIPED:
-        return None
+        yield
+        return
     lane.workers.signal(signal.SIGSTOP)
     try:
-        run_id, _ = lane.store.enqueue(lane.order.pipeline.name, run_input, tenant=tenant)
+        yield
         for unsent in lane.store.take_unsent(run_id, _STEPS_MAX):
             _send(lane, run_id, unsent.step.agent)
         with lane.servers.broker_away(forgets=True):
             lane.workers.signal(signal.SIGCONT)
     finally:
         lane.workers.signal(signal.SIGCONT)
-    return run_id
 
 
 def _send(lane: "Lane", run_id: UUID, agent: str) -> None:

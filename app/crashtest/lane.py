@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from app import crashpoints
 from app.crashpoints import CrashPoint, Note
@@ -52,9 +52,8 @@ RUN_TIMEOUT_S = 120.0
 OUTAGE_MAX_S = 60
 COMMAND_TIMEOUT_S = 60.0
 BY = "crashtest"
-OF_COMMANDS = frozenset(
-    {CrashPoint.ENQUEUE_BEFORE, CrashPoint.ENQUEUE_AFTER, CrashPoint.APPROVE_BEFORE, CrashPoint.APPROVE_AFTER}
-)
+OF_STARTS = frozenset({CrashPoint.ENQUEUE_BEFORE, CrashPoint.ENQUEUE_AFTER})
+OF_COMMANDS = OF_STARTS | {CrashPoint.APPROVE_BEFORE, CrashPoint.APPROVE_AFTER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +156,6 @@ class Lane:
             old.unlink()
         run_input = self.order.make_world(self._scratch)
         self._simulator.use(answers.script(self.order.pipeline, self.order.good, cell.agent, cell.answers))
-        for point in cell.strikes:
-            crashpoints.arm(self._orders, point, cell.agent, stops=cell.fault is not None)
         playing = Playing(cell, self._start(cell, run_input))
         if cell.fault:
             playing.fault = faults.FAULTS[cell.fault](self, playing)
@@ -177,17 +174,19 @@ class Lane:
 
     def _start(self, cell: Cell, run_input: Json) -> UUID:
         """Starts a run as an application does that only speaks SQL. A command that dies first is typed again."""
-        key = f"{BY}-{self._count}"
-        if {CrashPoint.ENQUEUE_BEFORE, CrashPoint.ENQUEUE_AFTER} & set(cell.strikes):
+        name, key, run_id = self.order.pipeline.name, f"{BY}-{self._count}", uuid4()
+        tenant = key  # keys of one run's steps must not meet another's
+        by_command = bool(OF_STARTS & set(cell.strikes))
+        for point in cell.strikes:
+            run = "" if by_command else str(run_id)
+            crashpoints.arm(self._orders, point, cell.agent, run, stops=cell.fault is not None)
+        if by_command:
+            tenant = "default"
             file = self._home / "input.json"
             file.write_text(json.dumps(run_input))
-            self._command("run", self.order.pipeline.name, "--input", f"@{file}", "--key", key)
-            tenant = "default"
-        else:
-            tenant = key  # keys of one run's steps must not meet another's
-        if cell.fault and (started := faults.start_by_message(self, cell, run_input, tenant)):
-            return started
-        run_id, _ = self.store.enqueue(self.order.pipeline.name, run_input, key=key, tenant=tenant)
+            self._command("run", name, "--input", f"@{file}", "--key", key)
+        with faults.around_start(self, cell, run_id):
+            run_id, _ = self.store.enqueue(name, run_input, key=key, tenant=tenant, run_id=run_id)
         return run_id
 
     def _command(self, *arguments: str) -> None:

@@ -85,7 +85,7 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
             repeatable=agent.repeatable or bool(handler and handler.repeatable),
             code_hash=handler.code_hash if handler else None,
         )
-        reach(CrashPoint.CLAIM_BEFORE, agent.id)
+        reach(CrashPoint.CLAIM_BEFORE, agent.id, str(step.run_id))
         claim = through_outage(lambda: worker.store.claim(bid), max_s=OUTAGE_MAX_S)
         deadline = Deadline.after_ms(agent.timeout_ms)
         attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline)

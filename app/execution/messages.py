@@ -16,10 +16,10 @@ class StepRequest(Request):
         if not is_used() or self.acknowledged:
             super().acknowledge()
             return
-        agent = str(self.args[1])
-        reach(CrashPoint.ACK_BEFORE, agent)
+        run, agent, _ = self.args
+        reach(CrashPoint.ACK_BEFORE, agent, run)
         super().acknowledge()
-        reach(CrashPoint.ACK_AFTER, agent)
+        reach(CrashPoint.ACK_AFTER, agent, run)
 
 
 def connect() -> None:
@@ -39,5 +39,5 @@ def _after(sender: str, body: Any, **_: Any) -> None:  # noqa: ANN401
 
 def _reach(point: CrashPoint, task: str, body: Any) -> None:  # noqa: ANN401
     if task == STEP_TASK:
-        args, _, _ = body
-        reach(point, str(args[1]))
+        (run, agent, _), _, _ = body
+        reach(point, agent, run)
