@@ -56,7 +56,7 @@ def step(self: "Task", *args: str) -> str:
 
 
 def _prepared(pipeline_hash: str) -> "tuple[Worker, Pipeline]":
-    """What an attempt needs from Postgres first. A message that meets an outage here is held, and not lost by failing."""
+    """What an attempt needs from Postgres first. A message that meets an outage here is held: failing would lose it."""
     current = worker.current()
     pipeline = current.definition(pipeline_hash)
     current.worker_id  # noqa: B018  # the first use registers
