@@ -102,6 +102,11 @@ def test_every_point_has_a_cell():
     planned = cells.every(pipeline, reached | {(CrashPoint.SWEEP_BEFORE, NO_AGENT)}, frozenset({"asks", "does"}), 0)
     assert cells.not_reached(planned) == []
     assert len({cell.name for cell in planned}) == len(planned)
+    assert [cell.name for cell in cells.chosen(planned, ["check.*:does", "sweep.before"])] == [
+        "sweep.before",
+        "check.before:does",
+        "check.after:does",
+    ]
     few = cells.every(Pipeline("few", "1.0.0", (does,)), {(CrashPoint.CLAIM_AFTER, "does")}, frozenset(), 0)
     assert CrashPoint.CLAIM_AFTER not in cells.not_reached(few)
     assert of_dead - {CrashPoint.SWEEP_AFTER} < set(cells.not_reached(few))

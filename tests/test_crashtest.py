@@ -149,7 +149,7 @@ def test_rabbitmq_may_lose_everything(write_skill, tmp_path):
 
 
 def test_what_cannot_be_tested_is_refused(write_skill, tmp_path):
-    """No cell of that name, and an undisturbed run that does not complete: a sentence, and what to do next."""
+    """Where the undisturbed run does not complete there is nothing to compare with: a sentence, and what to do next."""
     folder = write_skill("- {id: only, retry_policy: {max_attempts: 1}}", "def only(ctx): raise ValueError('no')\n")
     code, found, _ = _crashtest(folder, tmp_path)
     assert code == 1
@@ -159,9 +159,10 @@ def test_what_cannot_be_tested_is_refused(write_skill, tmp_path):
 
 def test_input_is_checked_before_anything_is_started(tmp_path):
     """What the pipeline's schema refuses leaves nothing behind."""
-    answer("crashtest", EXAMPLE, "--input", "repo=x", cwd=tmp_path).refuses(
-        2, "does not fit the pipeline's input_schema"
-    )
+    refused = answer("crashtest", EXAMPLE, "--input", "repo=x", cwd=tmp_path)
+    assert (refused.code, refused.out) == (2, "")
+    assert "Error: The input does not fit the pipeline's input_schema" in refused.err
+    assert "Starting" not in refused.err
 
 
 def test_proxy_carries_drops_and_cuts(tmp_path):

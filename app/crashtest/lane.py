@@ -98,6 +98,7 @@ class Lane:
         self._orders = self._home / "orders"  # of the crash points
         self._scratch = self._home / "scratch"
         self._count = 0
+        self._killed: set[int] = set()
         self._timeout_s = UNDISTURBED_TIMEOUT_S
         self._stack = ExitStack()
         self.proxies: list[Proxy] = []  # of the two workers of each kind, once a network was to be cut
@@ -243,10 +244,11 @@ class Lane:
         self._patiently(lambda: self._people.resume(playing.run_id, BY))
 
     def _look_after_workers(self, playing: Playing) -> None:
-        killed = {note.pid for note in self.notes() if note.struck}
+        # Also those of the cell before: a process may take longer to die than its run to end.
+        self._killed |= {note.pid for note in self.notes() if note.struck}
         for worker in self.workers.replace_dead():
             playing.dead.add(worker.process.pid)
-            if worker.process.pid not in killed:
+            if worker.process.pid not in self._killed:
                 playing.problems.append(f"a worker ended by itself: {worker.log}")
 
     # What is looked at.
