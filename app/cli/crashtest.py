@@ -81,6 +81,8 @@ def command(**options: Any) -> int:  # noqa: ANN401  # click names and types the
     whose files and commits are compared too. Exits 1 where a promise is broken (docs/guarantees.md).
     """
     asked = _Asked(**options)
+    if asked.junit and not asked.junit.resolve().parent.is_dir():
+        raise Misuse(f"The folder of {asked.junit} is not there.", next_step="Make it, or name another file.")
     pipeline = system.load_skill(asked.skill)
     earlier = _earlier(asked.answers, pipeline) if asked.answers else None
     make_world = _world(asked, pipeline, earlier)

@@ -6,7 +6,7 @@ where a worker has stopped itself (SIGSTOP, at `complete.before`) with an answer
 
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -144,4 +144,5 @@ def _until_answered(lane: "Lane", stopped: Note) -> "Iterator[None]":
 
 
 def _thaw(stopped: Note) -> None:
-    os.kill(stopped.pid, signal.SIGCONT)
+    with suppress(ProcessLookupError):  # then it never answers, and that is found
+        os.kill(stopped.pid, signal.SIGCONT)

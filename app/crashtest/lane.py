@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 # Short, so that a cell takes seconds. All other settings are the usual ones.
 LEASE_S = 5
-POLL_S = 0.05
+POLL_S = 0.1
 # Of an undisturbed run; and of any other, beside five times what that one took.
 UNDISTURBED_TIMEOUT_S = 600.0
 RUN_TIMEOUT_S = 120.0
@@ -187,8 +187,10 @@ class Lane:
             file.write_text(json.dumps(run_input))
             self._command("run", name, "--input", f"@{file}", "--key", key)
         with faults.around_start(self, cell, run_id):
-            run_id, _ = self.store.enqueue(name, run_input, key=key, tenant=tenant, run_id=run_id)
-        return run_id
+            started, _ = self._patiently(
+                lambda: self.store.enqueue(name, run_input, key=key, tenant=tenant, run_id=run_id)
+            )
+        return started
 
     def _command(self, *arguments: str) -> None:
         """A command of ours, as a process that may be killed."""
