@@ -13,6 +13,7 @@ parent lives; but the parent at the points of `ack` and `sweep`, and where a swe
 import difflib
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from enum import Enum
@@ -115,7 +116,8 @@ def _obey(folder: Path, point: CrashPoint, agent: str, run: str) -> None:
         meant = False
     _note(folder, Note(struck=meant, point=point, agent=agent, pid=os.getpid(), at_s=time.time()))
     if meant:
-        os.kill(os.getpid(), signal.SIGSTOP if word == "STOP" else signal.SIGKILL)
+        # To this thread: a stop that another one takes would let this one run on for a moment, past the point.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP if word == "STOP" else signal.SIGKILL)
 
 
 def _note(folder: Path, note: Note) -> None:

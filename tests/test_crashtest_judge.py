@@ -67,6 +67,7 @@ CLAIMED = Cell("claim.after:asks", "asks", (CrashPoint.CLAIM_AFTER,))
 EFFECT = Cell("effect.begun:does", "does", (CrashPoint.EFFECT_BEGUN,))
 BEFORE = Cell("call.before:does", "does", (CrashPoint.CALL_BEFORE,))
 RESTARTED = Cell("postgres", "asks", (CrashPoint.COMPLETE_BEFORE,), fault=Fault.POSTGRES_FAST)
+FROZEN = Cell("frozen", "asks", (CrashPoint.COMPLETE_BEFORE,), fault=Fault.WORKER_FROZEN)
 DOUBLED = Cell("doubled", fault=Fault.MESSAGE_DOUBLED)
 FAILING = Cell("fail.after:asks", "asks", (CrashPoint.FAIL_AFTER,), Answers.FAILS_ONCE)
 LOST = {"asks": ("lost", "completed")}
@@ -100,6 +101,8 @@ UNKNOWN = (("does", "outcome_unknown"),)
         (EFFECT, {"state": "failed", "codes": UNKNOWN}, Verdict.UNKNOWN),
         (KILLED, {"codes": (("asks", "outcome_unknown"),)}, "asks may be repeated, and ended as outcome_unknown"),
         (RESTARTED, {"codes": UNKNOWN, "repeatable": False}, "nothing died, and a step ended as outcome_unknown"),
+        (FROZEN, {"tries": LOST, "calls": {"asks": 2}}, Verdict.OK),
+        (FROZEN, {}, "nobody took the step from the worker that was away"),
         (DOUBLED, {"tries": {"does": ("completed", "completed")}}, "does was attempted 2 times"),
     ],
 )  # fmt: skip

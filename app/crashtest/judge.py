@@ -90,6 +90,8 @@ def judge(pipeline: Pipeline, cell: Cell, seen: Seen, normal: Undisturbed) -> Ju
     effects = _more(_effects(pipeline, seen), normal.effects)
     if effects:
         why.append(f"{effects} effects were repeated")
+    if cell.fault in TAKES_AWAY and not unknown and not _lost(seen, cell.agent):
+        why.append("nobody took the step from the worker that was away")
     if cell.fault == Fault.MESSAGE_DOUBLED:
         attempts = {step["agent"]: len(step["tries"]) for step in seen.run["steps"]}
         why += [f"{agent} was attempted {n} times" for agent, n in attempts.items() if n != normal.attempts[agent]]
@@ -129,16 +131,17 @@ def _calls_in_hands(pipeline: Pipeline, cell: Cell, seen: Seen) -> int:
     """How many calls may be repeated: one for each attempt at a model that was lost when it may have called it."""
     if not _takes_a_step_away(cell):
         return 0
-    lost = Counter(
-        step["agent"]
-        for step in seen.run["steps"]
-        for entry in step["tries"]
-        if entry["state"] == "lost" and pipeline.by_id[step["agent"]].model
-    )
+    lost = Counter({agent.id: _lost(seen, agent.id) for agent in pipeline.agents if agent.model})
     for point in cell.strikes:
         if point not in REPEATS_A_CALL and cell.fault not in TAKES_AWAY and lost[cell.agent]:
             lost[cell.agent] -= 1
     return lost.total()
+
+
+def _lost(seen: Seen, agent: str) -> int:
+    """How many attempts at an agent were taken from a worker that was gone."""
+    tries = [entry for step in seen.run["steps"] if step["agent"] == agent for entry in step["tries"]]
+    return sum(entry["state"] == "lost" for entry in tries)
 
 
 def _effects(pipeline: Pipeline, seen: Seen) -> Counter[str]:
