@@ -5,8 +5,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 from celery import Celery
 
-from app import settings
-from app.execution import lifecycle, queues, redis_channel
+from app import crashpoints, settings
+from app.execution import lifecycle, messages, queues, redis_channel
 from app.observe import celery_signals
 
 # Celery reads these itself, before its configuration: another application's broker must not become ours.
@@ -20,9 +20,11 @@ assert _spec.loader is not None
 _config = module_from_spec(_spec)
 _spec.loader.exec_module(_config)
 
+crashpoints.use(settings.load().crash_points)
 redis_channel.mend()
 celery = Celery("stepfast", amqp=queues.StepAMQP)
 celery.config_from_object(_config)
 celery.set_default()
 celery_signals.connect(settings.load())
 lifecycle.connect()
+messages.connect()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from app import events
 from app.agents.outputs import check_output
+from app.crashpoints import CrashPoint, reach
 from app.errors import AgentError, Misuse, NotPossible, UnknownName
 from app.events import Event
 from app.execution import canvas
@@ -67,11 +68,13 @@ def start(
         hint = nearest(pipeline, Reads(worker.store.engine).pipeline_names())
         raise UnknownName(f"No pipeline is published as {pipeline}.{hint}", next_step="Run: stepfast publish SKILL")
     check_input(run_input, worker.settings.input_max_bytes, worker.definition(current).input_schema)
+    reach(CrashPoint.ENQUEUE_BEFORE)
     run_id, created = worker.store.enqueue(
         pipeline, run_input, key=key, tenant=tenant, labels=labels, priority=priority
     )
     if created:
         events.emit(Event.RUN_ENQUEUED, run_id=str(run_id), pipeline=pipeline)
+    reach(CrashPoint.ENQUEUE_AFTER)
     dispatch(worker, run_id)
     return Started(run_id, created)
 
@@ -162,7 +165,9 @@ def decide(
     """
     _known_agent(worker, run_id, agent_id)
     orders = Orders(worker.store.engine)
+    reach(CrashPoint.APPROVE_BEFORE, agent_id)
     decision = orders.decide(run_id, agent_id, approved=approved, digest=digest, by=by, reason=reason)
+    reach(CrashPoint.APPROVE_AFTER, agent_id)
     events.emit(Event(f"step.{decision}"), run_id=str(run_id), agent=agent_id, by=by, reason=reason)
     dispatch(worker, run_id)
     return decision

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
+from app import crashpoints
 from app.errors import NotReady
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +63,9 @@ class Settings:
 
     # Connections of one process to Postgres, beside the one that holds its advisory lock.
     database_pool_max: int = 8
+
+    # Set by crash tests alone: a folder of orders to end processes at named points (app/crashpoints.py).
+    crash_points: Path | None = None
 
     log_format: str = "json"
     log_level: str = "info"
@@ -122,6 +126,8 @@ def _value(name: str, text: str) -> object:
         return tuple(Path(entry).resolve() for entry in text.split(os.pathsep) if entry)
     if name == "handler_modules":
         return tuple(entry.strip() for entry in text.split(",") if entry.strip())
+    if name == "crash_points":
+        return crashpoints.checked(text)
     if isinstance(default, Path):
         return Path(text).resolve()
     if isinstance(default, int | float):

@@ -4,12 +4,15 @@ import base64
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from conftest import eventually
+from sqlalchemy.engine import make_url
 from test_running import GATED, _began, _redis
 
 from app import operations
+from app.crashtest.proxy import Proxy
 
 HANDLERS = (
     GATED
@@ -48,6 +51,24 @@ def test_lost_broker_connection_does_not_end_a_worker(system, here, write_skill,
     (tmp_path / "only-go").touch()
     assert system.ended(run_id)["state"] == "completed"
     assert worker.poll() is None, worker.log.read_text()[-2000:]
+
+
+def test_message_that_meets_an_outage_is_held(system, here, write_skill, tmp_path):
+    """A process's very first message, while Postgres is away: it is not failed, acknowledged and missed for seconds."""
+    name = system.publish(here, write_skill("- {id: only}", "def only(ctx): return {}\n"))
+    address = make_url(system.database_url)
+    with Proxy(Path(address.query["host"]) / f".s.PGSQL.{address.query['port']}") as proxy:
+        way = address.set(host=proxy.host, port=proxy.port, query={"sslmode": "disable"})
+        url = way.render_as_string(hide_password=False)
+        system.start_worker(pool="prefork", concurrency=1, STEPFAST_DATABASE_URL=url)
+        proxy.cut()
+        run_id = operations.start(here, name, {}).run_id
+        eventually(
+            lambda: system.logged("step.commit_retried"), what="a message in the hands of a worker that is cut off"
+        )
+        proxy.heal()
+        run = system.ended(run_id)
+    assert (run["state"], run["steps"][0]["sends"]) == ("completed", 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])

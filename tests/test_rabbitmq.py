@@ -5,10 +5,9 @@ import signal
 
 import kombu
 import pytest
-import rabbitmq
 from conftest import eventually
 
-from app import operations
+from app import operations, rabbitmq
 from app.execution import dead_queue, queues
 
 pytestmark = [
@@ -47,8 +46,8 @@ HANDLERS = """
 
 @pytest.fixture(scope="module")
 def rabbit(tmp_path_factory):
-    with rabbitmq.running(tmp_path_factory.mktemp("rabbitmq")) as url:
-        yield url
+    with rabbitmq.RabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as running:
+        yield running.url()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from uuid import UUID
 from app import events
 from app.agents.outputs import check_object
 from app.agents.work import Effects, EffectState, Work
+from app.crashpoints import CrashPoint, reach
 from app.errors import AuthorMistake, OutcomeUnknown
 from app.events import Event
 from app.pipelines.model import Json
@@ -103,12 +104,17 @@ class Context:
             raise AuthorMistake(
                 "ctx.once was called in a process that the handler forked: call it in the handler's own."
             )
+        agent = self._work.agent.id
+        reach(CrashPoint.EFFECT_BEFORE, agent)
         begun = self._effects.begin(key)
         if begun.state is EffectState.HAPPENED:
             assert begun.output is not None
             return begun.output
         if begun.state is EffectState.UNKNOWN:
-            match check() if check else Unknown():
+            reach(CrashPoint.CHECK_BEFORE, agent)
+            found = check() if check else Unknown()
+            reach(CrashPoint.CHECK_AFTER, agent)
+            match found:
                 case Happened(output):
                     return self._finish(key, output)
                 case NotHappened():
@@ -120,11 +126,15 @@ class Context:
                         next_step=ways_out(self._work),
                         details={"key": key},
                     )
-        return self._finish(key, fn())
+        reach(CrashPoint.EFFECT_BEGUN, agent)
+        done = fn()
+        reach(CrashPoint.EFFECT_DONE, agent)
+        return self._finish(key, done)
 
     def _finish(self, key: str, output: object) -> Json:
         checked = check_object(output, f"The output of ctx.once({key!r})", EFFECT_MAX_BYTES)
         self._effects.finish(key, checked)
+        reach(CrashPoint.EFFECT_AFTER, self._work.agent.id)
         return checked
 
 

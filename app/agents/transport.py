@@ -20,7 +20,9 @@ from urllib.request import getproxies, proxy_bypass
 import httpcore2
 import httpx2
 
+from app import events
 from app.clock import Deadline
+from app.crashpoints import CrashPoint, reach
 
 CONNECTIONS_MAX = 1_000
 # Below the idle time after which servers usually hang up, so that a call seldom meets a connection that just closed.
@@ -162,6 +164,7 @@ class _Stream(httpcore2.NetworkStream):
         self._inner = inner
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        reach(CrashPoint.CALL_SENT, str(events.bound_fields().get("agent")))
         return self._inner.read(max_bytes, _left_s(timeout, httpcore2.ReadTimeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:

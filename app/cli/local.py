@@ -51,7 +51,7 @@ def start_system(
     configured = settings.load()
     skills = skills or _last_skills(configured.home)
     if simulate:
-        _script_of(skills)  # refused before anything is started
+        script_of(skills)  # refused before anything is started
     stack.enter_context(only_one(configured.home))
     if configured.database_url is None and configured.broker_url is None:
         stack.enter_context(embedded_servers(configured.home, say))
@@ -123,7 +123,7 @@ def start_processes(
         ports["simulator"] = _free_port(0)
         environ = {name: value for name, value in environ.items() if not name.startswith("ANTHROPIC_")}
         environ |= {"ANTHROPIC_BASE_URL": _url(ports["simulator"]), "ANTHROPIC_API_KEY": "sk-simulated"}
-        script = _script_of(skills)
+        script = script_of(skills)
         chosen = f" --script {shlex.quote(str(script))}" if script else ""
         commands = {"simulator": f"python -m app.simulator --port {ports['simulator']}{chosen}", **commands}
     say(f"Starting {', '.join(commands)}.")
@@ -144,7 +144,7 @@ def _last_skills(home: Path) -> list[Path]:
     return [folder for folder in found if any(path.name.endswith(loader.SUFFIXES) for path in folder.glob("*"))]
 
 
-def _script_of(skills: Sequence[Path]) -> Path | None:
+def script_of(skills: Sequence[Path]) -> Path | None:
     """What the simulator answers to these skills. Raises Misuse where there are several scripts: it takes one."""
     found = [path for folder in _folders(skills) if (path := folder / SCRIPT).is_file()]
     if len(found) > 1:
@@ -155,16 +155,25 @@ def _script_of(skills: Sequence[Path]) -> Path | None:
 def _environment(configured: settings.Settings, skills: Sequence[Path]) -> dict[str, str]:
     """What the processes see: ours, with absolute paths, this installation's programs first, and Celery's own out."""
     folders = dict.fromkeys([*_folders(skills), *configured.skills])
-    environ = {name: value for name, value in os.environ.items() if not _CELERYS.fullmatch(name)}
-    return environ | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+    return bare_environ() | {
         variable("home"): str(configured.home),
         variable("skills"): os.pathsep.join(map(str, folders)),
     }
 
 
+def bare_environ() -> dict[str, str]:
+    """Our environment, with this installation's programs first, and what is meant for another Celery out."""
+    environ = {name: value for name, value in os.environ.items() if not _CELERYS.fullmatch(name)}
+    return environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
+
+
 def _folders(skills: Sequence[Path]) -> list[Path]:
-    return list(dict.fromkeys(loader.find(skill).resolve().parent for skill in skills))
+    return list(dict.fromkeys(map(folder_of, skills)))
+
+
+def folder_of(skill: Path) -> Path:
+    """The folder of a skill file. Raises InvalidFile."""
+    return loader.find(skill).resolve().parent
 
 
 @contextmanager

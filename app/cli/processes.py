@@ -31,7 +31,7 @@ RESTART_MAX_S = 30.0
 STABLE_S = 60.0
 RAISE_AGAIN_S = 0.05
 LOG_TAIL_MAX_BYTES = 2_000
-_FOLLOWER = Path(__file__).with_name("with_parent.py")
+_FOLLOWER = ROOT / "app" / "with_parent.py"
 
 
 def procfile(path: Path = ROOT / "Procfile") -> dict[str, str]:

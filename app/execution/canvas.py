@@ -14,6 +14,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from app import events
+from app.crashpoints import CrashPoint, reach
 from app.events import Event
 from app.pipelines import plan
 from app.runs.store import StepKey
@@ -76,6 +77,8 @@ def send_unsent(unsent: "Iterable[Unsent]", definition: "Callable[[str], Pipelin
     ordered = sorted(unsent, key=lambda entry: entry.step)
     for run_id, entries in groupby(ordered, key=lambda entry: entry.step.run_id):
         of_run = list(entries)
+        for entry in of_run:
+            reach(CrashPoint.TAKE_AFTER, entry.step.agent)
         if not send(definition(of_run[0].pipeline_hash), run_id, [entry.step.agent for entry in of_run]):
             # Each further try would wait for the broker, too. What is left is found as overdue.
             break

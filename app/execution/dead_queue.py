@@ -11,6 +11,7 @@ from celery import current_app
 from kombu.entity import Queue
 
 from app import events
+from app.crashpoints import CrashPoint, reach
 from app.events import Event
 from app.execution.canvas import BROKER_ERRORS
 
@@ -36,6 +37,7 @@ def publish_pending(store: "Store", dead_queue_max: int) -> int:
                 queue.get(no_ack=True)
             with current_app.amqp.Producer(channel) as producer:
                 for payload in payloads:
+                    reach(CrashPoint.DEAD_LETTER_BEFORE, payload["agent"])
                     producer.publish(
                         payload,
                         routing_key=QUEUE,
@@ -45,11 +47,13 @@ def publish_pending(store: "Store", dead_queue_max: int) -> int:
                         message_id=payload["id"],
                         type="stepfast.dead_letter.v1",
                     )
+                    reach(CrashPoint.DEAD_LETTER_SENT, payload["agent"])
     except BROKER_ERRORS as error:
         events.emit(Event.SEND_FAILED, queue=QUEUE, error=str(error))
         return 0
     store.mark_published([UUID(payload["id"]) for payload in payloads])
     for payload in payloads:
+        reach(CrashPoint.DEAD_LETTER_AFTER, payload["agent"])
         events.emit(
             Event.DEAD_LETTER_PUBLISHED,
             run_id=payload["run_id"],

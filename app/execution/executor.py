@@ -16,6 +16,7 @@ from sqlalchemy.exc import DataError
 from app import events
 from app.agents.work import Answer, Effect, EffectState, Work
 from app.clock import Deadline
+from app.crashpoints import CrashPoint, reach
 from app.errors import AgentError, AuthorMistake, GateRefused, HandlerFailed, InvalidOutput, StaleClaim
 from app.events import Event
 from app.execution.outcome import decide
@@ -84,6 +85,7 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
             repeatable=agent.repeatable or bool(handler and handler.repeatable),
             code_hash=handler.code_hash if handler else None,
         )
+        reach(CrashPoint.CLAIM_BEFORE, agent.id, str(step.run_id))
         claim = through_outage(lambda: worker.store.claim(bid), max_s=OUTAGE_MAX_S)
         deadline = Deadline.after_ms(agent.timeout_ms)
         attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline)
@@ -104,6 +106,7 @@ def _attempt(attempt: Attempt, broken: AgentError | None) -> Result:
             assert claim.reused_from is not None
             return _complete(attempt, Answer(claim.output), reused_from=UUID(claim.reused_from))
     events.emit(Event.STEP_CLAIMED, number=claim.number, worker=attempt.worker.worker_id)
+    reach(CrashPoint.CLAIM_AFTER, attempt.agent.id)
     try:
         if broken:
             raise broken
@@ -164,6 +167,7 @@ def _check_gate(attempt: Attempt) -> None:
         )
         refused.read = _read_by(gate, attempt.claim)
         raise refused
+    reach(CrashPoint.GATE_AFTER, attempt.agent.id)
 
 
 def _values_to_show(gate: expressions.Gate, attempt: Attempt) -> "Json":
@@ -196,7 +200,9 @@ def _digest(attempt: Attempt) -> str:
 def _suspend(attempt: Attempt, digest: str) -> Result:
     """Asks a person. Whoever executes after the approval must find the same digest."""
     store, expires_ms = attempt.worker.store, attempt.agent.approval_timeout_ms
+    reach(CrashPoint.SUSPEND_BEFORE, attempt.agent.id)
     ended = through_outage(lambda: store.suspend(attempt.step, attempt.id, digest, expires_ms), max_s=OUTAGE_MAX_S)
+    reach(CrashPoint.SUSPEND_AFTER, attempt.agent.id)
     if ended.outcome == "stale":
         events.emit(Event.STEP_STALE_CLAIM, state="fenced")
         return Result("stale")
@@ -224,6 +230,7 @@ def _call(attempt: Attempt) -> Answer:
     limit = attempt.worker.settings.log_value_max_bytes
     if tracing.enabled and tracing.log_inputs:
         events.emit(Event.STEP_INPUT, inputs=capped(_inputs_to_show(attempt), limit))
+    reach(CrashPoint.CALL_BEFORE, attempt.agent.id)
     if attempt.handler:
         from app.agents import handlers
 
@@ -232,6 +239,7 @@ def _call(attempt: Attempt) -> Answer:
         from app.agents import claude
 
         answer = claude.call(work, attempt.worker.settings)
+    reach(CrashPoint.CALL_AFTER, attempt.agent.id)
     if tracing.enabled and tracing.log_outputs:
         shown = redact(answer.output, attempt.agent.schema)
         events.emit(Event.STEP_OUTPUT, output=capped(shown, limit))
@@ -263,6 +271,7 @@ def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None)
     """Commits. The answer is held, and its commit repeated, until Postgres takes it or the fence refuses it."""
     paid = Paid(answer.model, answer.request_id, answer.usage, answer.cost_usd)
     store = attempt.worker.store
+    reach(CrashPoint.COMPLETE_BEFORE, attempt.agent.id)
     try:
         ended = through_outage(
             lambda: store.complete(attempt.step, attempt.id, answer.output, paid, reused_from), max_s=OUTAGE_MAX_S
@@ -271,6 +280,7 @@ def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None)
         reason = str(error.orig).splitlines()[0]
         refused = InvalidOutput(f"Postgres refuses the output: {reason}", usage=paid.usage, cost_usd=paid.cost_usd)
         return _fail(attempt, refused)
+    reach(CrashPoint.COMPLETE_AFTER, attempt.agent.id)
     if ended.outcome == "stale":
         events.emit(Event.STEP_STALE_CLAIM, state="fenced", cost_usd=answer.cost_usd)
         return Result("stale")
@@ -292,11 +302,13 @@ def _fail(attempt: Attempt, error: AgentError) -> Result:
     runs_on = attempt.worker.settings.model_aliases.get(model, model) if model else None
     paid = Paid(runs_on, None, error.usage, error.cost_usd)
     stored = error_json(attempt, error)
+    reach(CrashPoint.FAIL_BEFORE, attempt.agent.id)
     try:
         ended = _store_failure(attempt, stored, paid, ending)
     except Exception as unstorable:  # noqa: BLE001  # an error that cannot be stored must not leave its step executing
         stored = error_json(attempt, _internal(unstorable))
         ended = _store_failure(attempt, stored, Paid(), ending)
+    reach(CrashPoint.FAIL_AFTER, attempt.agent.id)
     if ended.outcome == "stale":
         events.emit(Event.STEP_STALE_CLAIM, state="fenced", code=error.code)
         return Result("stale")

@@ -8,6 +8,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app import events
 from app.clock import Deadline
+from app.errors import NotReady
 from app.events import Event
 from app.runs.database import is_outage
 
@@ -31,10 +32,14 @@ def through_outage(call: "Callable[[], T]", *, max_s: int, wait: "Callable[[floa
     while True:
         try:
             return call()
-        except (DBAPIError, PoolTimeout) as error:
-            outage = isinstance(error, PoolTimeout) or is_outage(error)
-            if not outage or deadline.passed:
+        except (DBAPIError, PoolTimeout, NotReady) as error:
+            if not _is_outage(error) or deadline.passed:
                 raise
             events.emit(Event.COMMIT_RETRIED, error=str(error).splitlines()[0], pause_s=pause_s)
         wait(pause_s)
         pause_s = min(pause_s * 2, _PAUSE_MAX_S)
+
+
+def _is_outage(error: Exception) -> bool:
+    cause = error.__cause__ if isinstance(error, NotReady) else error
+    return isinstance(cause, PoolTimeout) or (isinstance(cause, DBAPIError) and is_outage(cause))

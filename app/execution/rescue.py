@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from app import events
+from app.crashpoints import CrashPoint, reach
 from app.events import Event
 from app.execution import canvas, dead_queue, queues
 
@@ -25,6 +26,7 @@ RESEND_MS = 2_000
 def sweep(worker: "Worker") -> None:
     """One sweep. What it cannot finish, the next one finds again."""
     configured = worker.settings
+    reach(CrashPoint.SWEEP_BEFORE)
     swept = worker.store.sweep(
         lease_ms=round(configured.lease_s * 1000),
         grace_ms=round(configured.grace_s * 1000),
@@ -35,6 +37,7 @@ def sweep(worker: "Worker") -> None:
         events.emit(Event.WORKER_LOST, worker=worker_id)
     for rescued in swept.rescued:
         events.emit(Event.STEP_RESCUED, **rescued)
+        reach(CrashPoint.SWEEP_AFTER, rescued["agent"])
     if swept.unsent or swept.due or swept.rescued:
         _send_unsent(worker)
     if swept.overdue:

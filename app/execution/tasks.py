@@ -10,23 +10,32 @@ from app import events
 from app.errors import UnknownName
 from app.execution import canvas, dead_queue, worker
 from app.execution.executor import execute
+from app.execution.persistence import OUTAGE_MAX_S, through_outage
 
 if TYPE_CHECKING:
     from celery import Task
+
+    from app.execution.worker import Worker
+    from app.pipelines.model import Pipeline
 
 
 class AttemptFailed(Exception):  # reads as a state, as in errors.py
     """Ends the task as FAILURE, so that Flower shows the attempt as failed and Celery drops the rest of the chain."""
 
 
-@shared_task(bind=True, name=canvas.STEP_TASK, ignore_result=True, throws=(AttemptFailed,))
+@shared_task(
+    bind=True,
+    name=canvas.STEP_TASK,
+    ignore_result=True,
+    throws=(AttemptFailed,),
+    Request="app.execution.messages:StepRequest",
+)
 def step(self: "Task", *args: str) -> str:
     """One attempt at one step. Returns the step's new state; raises AttemptFailed where the attempt failed."""
     events.clear()
-    current = worker.current()
     try:
         key, pipeline_hash = canvas.step_of(args)
-        pipeline = current.definition(pipeline_hash)
+        current, pipeline = through_outage(lambda: _prepared(pipeline_hash), max_s=OUTAGE_MAX_S)
         pipeline.by_id[key.agent]
     except (ValueError, TypeError, KeyError, UnknownName, DataError) as error:
         # No message of ours, or of another database: RabbitMQ keeps it in its dead-letter exchange.
@@ -44,6 +53,14 @@ def step(self: "Task", *args: str) -> str:
         # The code alone: task events and Flower are no place for an error's text.
         raise AttemptFailed(f"{key.agent}: {result.error.code}")
     return result.state
+
+
+def _prepared(pipeline_hash: str) -> "tuple[Worker, Pipeline]":
+    """What an attempt needs from Postgres first. A message that meets an outage here is held: failing would lose it."""
+    current = worker.current()
+    pipeline = current.definition(pipeline_hash)
+    current.worker_id  # noqa: B018  # the first use registers
+    return current, pipeline
 
 
 def _next_agent(chain: list[Any] | None) -> str | None:

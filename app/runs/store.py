@@ -7,7 +7,7 @@ same attempt id, and gets the same answer. Nothing here decides: `execution` doe
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from sqlalchemy import bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
@@ -161,6 +161,7 @@ _ENQUEUE = call(
     ("tenant", Text()),
     ("labels", _JSON),
     ("priority", Integer()),
+    ("run", PG_UUID()),
     rows=True,
 )
 _CLAIM = call(
@@ -279,8 +280,12 @@ class Store:
         tenant: str = "default",
         labels: "Json | None" = None,
         priority: int = 0,
+        run_id: UUID | None = None,
     ) -> tuple[UUID, bool]:
-        """Starts a run. Returns its id and whether it is new. Raises UnknownName, KeyConflict or Misuse."""
+        """Starts a run, under an id of the caller's or a new one. Returns its id and whether it is new.
+
+        Raises UnknownName, KeyConflict or Misuse.
+        """
         try:
             rows = self._all(
                 _ENQUEUE,
@@ -290,6 +295,7 @@ class Store:
                 tenant=tenant,
                 labels=labels or {},
                 priority=priority,
+                run=run_id or uuid4(),
             )
         except DBAPIError as error:
             raise _refusal(error, pipeline) from error
