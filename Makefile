@@ -43,6 +43,10 @@ types: $(VENV)/dev.stamp ## Check types
 histories: $(VENV)/dev.stamp ## Prove the rules over 2,000 random histories of runs (20 minutes)
 	@HISTORIES=2000 $(BIN)/python -m pytest -s tests/test_histories.py tests/test_hammer.py --timeout=3600
 
+.PHONY: soak
+soak: $(VENV)/dev.stamp ## Measure recovery under faults (an hour; ARGS="--part wipe --broker rabbitmq", or --help)
+	@$(BIN)/python bench/soak.py $(ARGS)
+
 .PHONY: ci
 ci: lint types test ## What CI runs
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from report import Found, check_rules
 from system import System, Worker
 
+WIPE, KILL = "broker wiped", "a worker is killed"
+IN_ORDER, CRASH = "Postgres restarted in order", "Postgres restarted by a crash"
 MODELS = ("research", "code", "review")
 # Runs under way at one time: more would only wait.
 WINDOW_RUNS = 150
@@ -45,11 +47,14 @@ class Faults:
 
     def _happen(self, event: str) -> None:
         self.system.say(f"  {event}")
+        if event == KILL:
+            self._kill()
+            return
         self.done[event] += 1
-        if event == "broker wiped":
+        if event == WIPE:
             self.system.wipe_broker()
         else:
-            self.system.stop_postgres(signal.SIGINT if event.endswith("in order") else signal.SIGQUIT)
+            self.system.stop_postgres(signal.SIGINT if event == IN_ORDER else signal.SIGQUIT)
             self.system.start_postgres()
 
     def _kill(self) -> None:

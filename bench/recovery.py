@@ -34,6 +34,7 @@ def rescue(found: Found, system: System, *, kills: int, freezes: int, seed: int)
                 workers.remove(victim)
                 workers.append(system.start_worker(victim.pool, 2))
         found.spread(f"{load} machine, killed, elsewhere after", times)
+        found.figures[f"{load} machine, load average"] = f"{os.getloadavg()[0]:.1f}"
     system.end(workers)
     frozen, cut = [], []
     with relay(system.home) as (address, process):

@@ -13,14 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import system as systems  # first: it makes our own packages importable
-from faults import faults
+from faults import CRASH, IN_ORDER, KILL, WIPE, faults
 from recovery import outage, rescue, threads, wipe
 from report import Found, machine
 from standing import backlog, idle
 
 from app.errors import NotReady
 
-WIPE, IN_ORDER, CRASH = "broker wiped", "Postgres restarted in order", "Postgres restarted by a crash"
 BROKERS = ("valkey", "rabbitmq")
 Part = Callable[[Found, systems.System, int, bool], None]
 
@@ -29,7 +28,7 @@ def _faults(found: Found, system: systems.System, seed: int, short: bool) -> Non
     """2,000 runs: workers killed, broker wiped, Postgres restarted."""
     events = [(0.2, IN_ORDER), (0.35, WIPE), (0.6, CRASH), (0.75, WIPE)]
     if short:
-        faults(found, system, runs=100, kill_every_s=4, events=[(0.2, WIPE), (0.5, CRASH)], seed=seed)
+        faults(found, system, runs=60, kill_every_s=8, events=[(0.2, WIPE), (0.4, KILL), (0.6, CRASH)], seed=seed)
     else:
         faults(found, system, runs=2_000, kill_every_s=10, events=events, seed=seed)
 
