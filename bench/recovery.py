@@ -13,6 +13,8 @@ from subprocess import Popen
 from report import Found, check_rules
 from system import System, cpu_s, eventually, relay, spinning
 
+from app.settings import Settings
+
 PROCESSORS = os.cpu_count() or 1
 REACHED_S = 60.0
 
@@ -24,16 +26,19 @@ def rescue(found: Found, system: System, *, kills: int, freezes: int, seed: int)
     _after_truce(system)
     for load, spinners in (("idle", 0), ("busy", PROCESSORS)):
         with spinning(spinners):
-            times = []
+            times, seen = [], []
             for number in range(kills):
                 step = _Step.begin(system, f"{load}-{number}")
                 victim = next(worker for worker in workers if step.pid in worker.pids())
                 times.append(step.moved(lambda w=victim: w.signal(signal.SIGKILL), chance))  # type: ignore[misc]
+                seen.append(step.stages())
                 system.say(f"  {load} machine, {victim.pool}, kill {number + 1} of {kills}: {times[-1]:.2f} s")
                 system.end([victim])
                 workers.remove(victim)
                 workers.append(system.start_worker(victim.pool, 2))
         found.spread(f"{load} machine, killed, elsewhere after", times)
+        for stage, name in enumerate(("in doubt until judged dead", "dead until claimed elsewhere")):
+            found.spread(f"{load} machine, {name}", [stages[stage] for stages in seen])
         found.figures[f"{load} machine, load average"] = f"{os.getloadavg()[0]:.1f}"
     system.end(workers)
     frozen, cut = [], []
@@ -94,10 +99,22 @@ class _Step:
         eventually(lambda: self.system.ended(self.run_id), within_s=REACHED_S, what="the run's end")
         return moved_s - struck_s
 
+    def stages(self) -> tuple[float, float]:
+        """How long its first worker was suspect, and how long the step waited then for its second."""
+        (row,) = self.system.rows(
+            "select extract(epoch from w.ended_at - w.suspect_since)::float as suspect,"
+            " extract(epoch from b.started_at - w.ended_at)::float as waiting"
+            " from stepfast.attempts a join stepfast.workers w on w.id = a.worker_id"
+            " join stepfast.attempts b on b.run_id = a.run_id and b.number = 2"
+            " where a.run_id = :r and a.number = 1",
+            r=self.run_id,
+        )
+        return row.suspect, row.waiting
+
 
 def _after_truce(system: System) -> None:
     """For one lease after Postgres started nobody is dead: that is no part of what is measured."""
-    lease_s = float(system.environ.get("STEPFAST_LEASE_S", 12))
+    lease_s = float(system.environ.get("STEPFAST_LEASE_S", Settings().lease_s))
     age_s = system.value("select extract(epoch from clock_timestamp() - pg_postmaster_start_time())")
     time.sleep(max(0.0, lease_s - float(age_s)) + 0.5)
 
