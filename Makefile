@@ -48,6 +48,10 @@ crashtest: $(VENV)/dev.stamp ## Kill workers at every named point of the bundled
 	@$(BIN)/stepfast crashtest examples/bugfix $(ARGS)
 	@$(BIN)/stepfast crashtest examples/bugfix --broker rabbitmq $(ARGS)
 
+.PHONY: soak
+soak: $(VENV)/dev.stamp ## Measure recovery under faults (an hour; ARGS="--part wipe --broker rabbitmq", or --help)
+	@$(BIN)/python bench/soak.py $(ARGS)
+
 .PHONY: ci
 ci: lint types test ## What CI runs
 

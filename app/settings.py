@@ -46,12 +46,13 @@ class Settings:
     model_aliases: Mapping[str, str] = field(default_factory=lambda: dict(MODEL_ALIASES))
 
     # A worker's lease. Heartbeats come three times a lease, so that one lost heartbeat is no death. A lease, a beat and
-    # a grace are within the 20 s that a frozen worker may go unnoticed; a dead one is seen at once, by its lock.
-    lease_s: float = 12.0
+    # a grace are within the 20 s that a frozen worker may go unnoticed, with room for a message that it takes then: one
+    # that is cut off from Postgres alone is not cut off from the broker. A dead one is seen at once, by its lock.
+    lease_s: float = 10.0
     # How long an advisory lock must stay free before its worker counts as dead: a dropped session is back sooner.
-    grace_s: float = 1.0
-    # How often each worker looks for what is due, dead or unsent.
-    sweep_s: float = 1.0
+    grace_s: float = 0.5
+    # How often each worker looks for what is due, dead or unsent. Half of it and the grace are what a death costs.
+    sweep_s: float = 0.5
     # A server's Retry-After is obeyed up to this; facts: uncapped, one header stalls a step for an hour.
     retry_after_max_s: float = 120.0
 

@@ -397,3 +397,30 @@ def test_hostile_reasons_and_outputs_are_escaped(cli, store, tmp_path):
     for one in said:
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", one.out + one.err), one
         assert "verysecret" not in one.out + one.err
+
+
+def test_doctor_verifies_a_run(cli, system, here, store):
+    """Which of the eight rules hold of what is recorded; exit 1, with what contradicts it, where one does not."""
+    definition = line("first", "second")
+    run_id = _begin(store, definition)
+    complete(store, definition, run_id, "first", {"done": True})
+    for name in ("last", str(run_id)[:8]):
+        well = cli("doctor", "--verify", name, "--json")
+        assert (well.code, well.json["ok"], well.json["run"]) == (0, True, str(run_id))
+        assert [(rule["rule"], rule["ok"], rule["found"]) for rule in well.json["rules"]] == [
+            (number, True, []) for number in range(1, 9)
+        ]
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql("delete from stepfast.keys where agent = 'first'")
+    ill = cli("doctor", "--verify", "last")
+    assert ill.code == 1
+    assert "bad   rule 4: One key in one generation" in ill.out
+    assert "first: Attempt 1 is completed, and its key is free." in ill.out
+    assert [rule["rule"] for rule in cli("doctor", "--verify", "last", "--json").json["rules"] if not rule["ok"]] == [4]
+
+
+def test_doctor_refuses_to_verify_what_is_no_run(cli, system, here):
+    """One sentence, and the next command."""
+    refused = cli("doctor", "--verify", "ffff")
+    assert (refused.code, refused.out) == (2, "")
+    assert "begins with ffff" in refused.err

@@ -42,6 +42,16 @@ def test_commands_exist_with_their_options(document):
         assert asked <= known, f"stepfast {line}"
 
 
+def test_peers_scenarios_are_tested_where_it_says():
+    """docs/peers-scenarios.md names tests that are there, and each of them names a peer."""
+    listed = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "peers-scenarios.md").read_text()))
+    sources = [path.read_text() for path in (ROOT / "tests").glob("test_*.py")]
+    named = re.findall(
+        r'def (test_\w+)\([^)]*\):\n    """[^"]*(?:aws-durable-execution|dbos-transact-py|Absurd) ', "\n".join(sources)
+    )
+    assert listed - set(named) == set()
+
+
 def test_readme_is_short():
     """At most 120 lines."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120

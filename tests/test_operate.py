@@ -62,7 +62,7 @@ def test_change_after_the_approval_asks_again(bench):
 
 
 def test_first_decision_counts(bench):
-    """Approved and rejected at once by sixteen people: one decision stands, the others are told which."""
+    """Absurd emit_event_is_first_write_wins: of sixteen decisions at once one stands, the others are told which."""
     run = bench.start(line("a"))
     _suspend(bench, run, "a")
 
@@ -80,7 +80,7 @@ def test_first_decision_counts(bench):
 
 
 def test_rejection_cancels_and_is_no_dead_letter(bench):
-    """aws-durable-execution 4-8: it follows the failure mode; here the run fails, and resume asks again."""
+    """aws-durable-execution 4-8 callback against timeout: it follows the failure mode; here the run fails, and resume asks again."""
     run = bench.start(line("a", "b"))
     _suspend(bench, run, "a")
     assert _decide(bench, run, "a", approved=False) == "rejected"
@@ -91,7 +91,7 @@ def test_rejection_cancels_and_is_no_dead_letter(bench):
 
 
 def test_approval_that_nobody_gives_expires(bench):
-    """aws-durable-execution 7-5 approval timeout: then it is as a rejection, also where somebody approves too late."""
+    """aws-durable-execution 7-5 approval timeout, 4-11 callback after it: then it is as a rejection, also where somebody approves too late."""
     first, second = bench.start(line("a")), bench.start(line("a"))
     for run in (first, second):
         _suspend(bench, run, "a", expires_ms=60_000)
@@ -102,7 +102,7 @@ def test_approval_that_nobody_gives_expires(bench):
 
 
 def test_one_suspended_branch_lets_the_other_go_on(bench):
-    """aws-durable-execution 8-14: the run is suspended only when nothing else can be done."""
+    """aws-durable-execution 8-14 one branch suspended: the run is suspended only when nothing else can be done."""
     run = bench.start(diamond())
     bench.do(run, "a")
     _suspend(bench, run, "b")

@@ -71,7 +71,7 @@ def test_fan_out_and_join_run_to_the_end(system, here, write_skill, pool):
 
 @pytest.mark.parametrize("pool", ["threads", "prefork"])
 def test_killed_worker_is_noticed_and_its_step_goes_on_elsewhere(system, here, write_skill, tmp_path, pool):
-    """SIGKILL of a whole worker: its step executes elsewhere within 10 s, and nothing that was finished is repeated."""
+    """aws-durable-execution 3-12 interrupted and re-executed: elsewhere, within 10 s; what was finished is not repeated."""
     handlers = GATED + (
         "\n    def first(ctx): return _pass(ctx, 'first')"
         "\n    def second(ctx): return _pass(ctx, 'second')"
@@ -119,7 +119,7 @@ def test_killed_child_of_a_prefork_worker_is_noticed(system, here, write_skill, 
 
 
 def test_death_under_a_handler_with_effects_waits_for_a_person(system, here, write_skill, tmp_path):
-    """aws-durable-execution 1-18: at most once, interrupted. The handler does not say that it may be repeated."""
+    """aws-durable-execution 1-17, 1-18: at most once, interrupted. The handler does not say that it may be repeated."""
     folder = write_skill("- {id: pay}", GATED + "\n    def pay(ctx): return _pass(ctx, 'pay')\n")
     name = system.publish(here, folder)
     victim = system.start_worker()
@@ -200,7 +200,7 @@ def test_celery_starts_a_run_once(system, here, write_skill):
 
 
 def test_exhausted_retries_end_in_a_dead_letter_and_resume_goes_on(system, here, write_skill, tmp_path):
-    """Retry with backoff, then discarded: a row, a message on the broker, a failed run. Resume repeats nothing finished."""
+    """dbos-transact-py dead_letter_queue: a row, a message on the broker, a failed run. Resume repeats nothing finished."""
     folder = write_skill(
         """
         - {id: first}

@@ -58,7 +58,7 @@ def test_claim_hands_over_what_the_agent_reads(bench):
 
 
 def test_only_one_of_many_claims_a_step(bench):
-    """Sixteen workers that claim one step at once: one gets it, the others are told that it is stale."""
+    """dbos-transact-py conflicts_when_duplicate_execution_wins: of sixteen at once one gets it, the others are stale."""
     run = bench.start(line("a"))
     barrier = threading.Barrier(16)
 
@@ -90,7 +90,10 @@ def test_repeated_completion_of_one_attempt_answers_the_same(bench):
 
 
 def test_fence_refuses_whoever_lost_the_claim(bench):
-    """Absurd checkpoint_write_on_failed_run_raises: an attempt that was rescued can write nothing any more."""
+    """Absurd checkpoint_write_on_failed_run_raises, dbos-transact-py workflow_outcome_is_owned_by_the_pending_row.
+
+    An attempt that was rescued can write nothing any more.
+    """
     run = bench.start(line("a", "b"))
     old, _ = bench.claim(run, "a")
     bench.sql("update stepfast.workers set ended_at = stepfast.now()")
@@ -196,7 +199,7 @@ def test_retry_waits_in_the_database(bench):
 
 
 def test_discard_fails_the_run_and_starts_nothing_new(bench):
-    """halt_pipeline: executing steps finish and are recorded, the rest stay pending, one dead letter says why."""
+    """aws-durable-execution 8-6 fail-fast: executing steps finish and are recorded, the rest stay pending, one dead letter says why."""
     run = bench.start(diamond())
     bench.do(run, "a")
     b, _ = bench.claim(run, "b")
@@ -231,7 +234,10 @@ def test_executing_sibling_that_fails_later_waits_for_the_resume(bench):
 
 
 def test_resume_continues_from_the_last_checkpoint(bench):
-    """Completed steps stay; the discarded one may be claimed with a fresh budget; its dead letter is resolved."""
+    """aws-durable-execution 1-9 replay skips success, dbos-transact-py fork_from_failure: completed steps stay.
+
+    The discarded one may be claimed with a fresh budget; its dead letter is resolved.
+    """
     run = bench.start(line("a", "b", "c"))
     bench.do(run, "a")
     bid, _ = bench.claim(run, "b")
@@ -294,7 +300,7 @@ def test_live_worker_is_left_alone(bench):
 
 
 def test_expired_lease_is_a_death(bench):
-    """A frozen process keeps its lock; its lease runs out."""
+    """Absurd claim_timeout_releases_run_to_new_worker: a frozen process keeps its lock; its lease runs out."""
     run = bench.start(line("a"))
     bench.claim(run, "a")
     with bench.store.engine.connect() as holder:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from benches import CALM_MS, FREE, Bench
 from pipelines import agent, line, pipeline
+from sqlalchemy import text
 
 from app.errors import Misuse
 from app.runs.database import engine
@@ -108,3 +109,48 @@ def test_what_was_committed_and_not_sent_is_found(bench):
     assert bench.sweep(lease_ms=CALM_MS).overdue == ()
     bench.pass_time(2)
     assert bench.sweep(lease_ms=CALM_MS).overdue == ("agents",)
+
+
+def test_message_that_was_overtaken_is_sent_again(bench):
+    """A backlog is no loss, however old: only what was sent well before a step that executes now was lost on the way."""
+    lost = bench.start(line("a"))
+    bench.store.take_unsent(None, 10)
+    bench.pass_time(5)
+    behind = [bench.start(line("a")) for _ in range(3)]
+    bench.store.take_unsent(None, 10)
+    bench.pass_time(7_200)
+    # Its queue is full and nobody works on it: two hours are no reason.
+    assert bench.sweep(lease_ms=CALM_MS).overdue == ("agents",)
+    assert bench.store.take_overdue([], 2_000, 10) == ()
+    # Sent 5 s after the first one: that may be the clocks.
+    bench.claim(behind[0], "a")
+    assert bench.store.take_overdue([], 2_000, 10) == ()
+    overtaking = bench.start(line("a"))
+    bench.store.take_unsent(None, 10)
+    bench.claim(overtaking, "a")
+    taken = {entry.step.run_id for entry in bench.store.take_overdue([], 2_000, 10)}
+    assert taken == {lost, *behind[1:]}
+
+
+def test_backlog_of_one_queue_does_not_hide_the_loss_of_another(bench):
+    """Each queue is looked at by itself, also those that no agent of ours is named after."""
+    for name, queue in (("one", "agents"), ("two", "handlers"), ("three", "night")):
+        bench.start(pipeline(agent("a", queue=queue), name=name))
+    bench.store.take_unsent(None, 10)
+    bench.pass_time(3)
+    assert bench.sweep(lease_ms=CALM_MS).overdue == ("agents", "handlers", "night")
+    assert [entry.step.agent for entry in bench.store.take_overdue(["night"], 2_000, 10)] == ["a"]
+    assert bench.sweep(lease_ms=CALM_MS).overdue == ("agents", "handlers")
+
+
+def test_suspect_is_judged_at_the_end_of_its_grace(bench):
+    """The sweep that finds a lock free says when to look again, so that a death costs no turn on top of the grace."""
+    swept = bench.sweep(grace_ms=700)
+    assert 600 < swept.judge_ms <= 700
+    with bench.store.engine.connect() as holder:
+        holder.execute(text("select pg_advisory_lock(7083, :id)"), {"id": bench.worker_id})
+        assert bench.sweep(grace_ms=700).judge_ms is None
+        holder.execute(text("select pg_advisory_unlock_all()"))
+    bench.pass_time(1)
+    swept = bench.sweep(grace_ms=700)
+    assert (swept.lost, swept.judge_ms) == ((bench.worker_id,), None)

@@ -37,13 +37,23 @@ class Check:
 
 
 @click.command()
+@click.option("--verify", metavar="RUN", help="Check the eight rules on what is recorded of a run, instead.")
 @embedding.option
-@click.option("--json", "as_json", is_flag=True, help="Print {ok, checks: [{name, status, text, next}]}.")
-def command(embedded: bool, as_json: bool) -> int:
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print {ok, checks: [{name, status, text, next}]}; with --verify {ok, run, rules: [{rule, text, ok, found}]}.",
+)
+def command(verify: str | None, embedded: bool, as_json: bool) -> int:
     """Check settings, versions, servers, the clock, workers, queues, dead letters and stuck runs.
 
-    Each line is ok, warn or bad, with what to do next. Exits 3 where a line is bad.
+    Each line is ok, warn or bad, with what to do next. Exits 3 where a line is bad. With --verify, it proves from the
+    tables and the events of one run (the beginning of its id, or `last`) that the rules hold which Stepfast promises,
+    and exits 1 where one does not.
     """
+    if verify:
+        return _verify(verify, embedded=embedded, as_json=as_json)
     checks = []
     for check in _checks(embedded=embedded):
         checks.append(check)
@@ -53,6 +63,28 @@ def command(embedded: bool, as_json: bool) -> int:
     if as_json:
         output.print_json({"ok": ok, "checks": [asdict(check) for check in checks]})
     return 0 if ok else NotReady.exit_code
+
+
+def _verify(name: str, *, embedded: bool, as_json: bool) -> int:
+    """Which of the rules hold of a run. Returns the exit code."""
+    worker = system.database(embedded=embedded)
+    from app.runs.invariants import RULES, check
+    from app.runs.reads import Reads
+
+    run_id = Reads(worker.store.engine).run_id(name)
+    with worker.store.engine.connect() as connection:
+        violations = check(connection, run_id)
+    rules = []
+    for rule, text in RULES.items():
+        found = [{"agent": v.agent, "sentence": v.sentence} for v in violations if v.rule == rule]
+        rules.append({"rule": rule, "text": text, "ok": not found, "found": found})
+        if not as_json:
+            _print(Check(f"rule {rule}", "bad" if found else "ok", text))
+            for entry in found:
+                print("     ", output.one_line(f"{entry['agent'] or 'the run'}: {entry['sentence']}"))
+    if as_json:
+        output.print_json({"ok": not violations, "run": str(run_id), "rules": rules})
+    return 1 if violations else 0
 
 
 def _print(check: Check) -> None:

@@ -1,4 +1,4 @@
-"""The sweep: once a second in every worker, so that nothing waits for ever.
+"""The sweep: twice a second in every worker, so that nothing waits for ever.
 
 Due retries, workers that are gone, runs that plain SQL enqueued, messages that were lost, dead letters not yet sent. An
 idle worker spends one statement on it.
@@ -21,15 +21,18 @@ BATCH = 500
 _ROUNDS_MAX = 20
 # A message that is sent and not claimed for so long, while its queue is empty, was lost.
 RESEND_MS = 2_000
+_JUDGE_MIN_S = 0.02
 
 
-def sweep(worker: "Worker") -> None:
-    """One sweep. What it cannot finish, the next one finds again."""
+def sweep(worker: "Worker") -> float | None:
+    """One sweep. What it cannot finish, the next one finds again. Returns in how many seconds to judge a suspect."""
     configured = worker.settings
     reach(CrashPoint.SWEEP_BEFORE)
+    # Whoever was cut off together with this process may be back later than it: it is not dead. A beat later it is.
+    was_cut = worker.store.lost_a_session_within(configured.lease_s)
     swept = worker.store.sweep(
         lease_ms=round(configured.lease_s * 1000),
-        grace_ms=round(configured.grace_s * 1000),
+        grace_ms=round(1000 * max(configured.grace_s, configured.lease_s / 3 if was_cut else 0)),
         resend_ms=RESEND_MS,
         limit=BATCH,
     )
@@ -46,6 +49,7 @@ def sweep(worker: "Worker") -> None:
         canvas.send_unsent(overdue, worker.definition)
     if swept.unpublished or any(entry["code"] != "worker_lost" for entry in swept.rescued):
         dead_queue.publish_pending(worker.store, configured.dead_queue_max)
+    return None if swept.judge_ms is None else swept.judge_ms / 1000
 
 
 def _send_unsent(worker: "Worker") -> None:
@@ -73,8 +77,13 @@ class Sweeper:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._pause_s):
+        pause_s = self._pause_s
+        while not self._stopping.wait(pause_s):
+            pause_s = self._pause_s
             try:
-                sweep(self._current())
+                judge_s = sweep(self._current())
+                if judge_s is not None:
+                    # Its steps wait for the end of the grace, and not for the next turn as well.
+                    pause_s = min(pause_s, max(judge_s, _JUDGE_MIN_S))
             except Exception as error:  # noqa: BLE001  # whatever it was, the next sweep tries again
                 events.emit(Event.SWEEP_FAILED, error=str(error).splitlines()[0] if str(error) else repr(error))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from app.pipelines.model import Json
 
-# What changed so recently is under way: sweeps come once a second.
+# What changed so recently is under way: sweeps come twice a second.
 GRACE_S = 10
 # A step whose message was sent so long ago, and whose queue is empty, is stuck.
 MESSAGE_MAX_S = 300

@@ -1,14 +1,4 @@
-"""The rules that always hold, proved from the tables and the event log of each run.
-
-1  A step's output is committed once a generation, by the attempt that holds its claim (or settles its unknown key).
-2  No attempt starts before its dependencies are completed (or ended discarded or cancelled under `continue`).
-3  No step is executed whose gate is not true of the recorded outputs that it pinned, nor before its approval.
-4  One key in one generation has one recorded outcome; the same key with other inputs is refused.
-5  Every unfinished run has a claim, a retry or a message on its way, or a person, key or run that it waits for.
-6  Every discarded step has exactly one open dead letter until it is resolved; resuming it resolves it.
-7  An effect whose outcome is unknown is never repeated by itself.
-8  Every attempt has a start and an end in the events, and the events tell the same as the tables.
-"""
+"""The rules that always hold (RULES), proved from the tables and the event log of each run."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -28,6 +18,16 @@ if TYPE_CHECKING:
     # The agent, or None for the whole run, and what contradicts the rule.
     _Found = Iterator[tuple[str | None, str]]
 
+RULES = {
+    1: "A step's output is committed once a generation, by whoever holds its claim (or settles its unknown key).",
+    2: "No attempt starts before its dependencies are completed (or ended discarded or cancelled under `continue`).",
+    3: "No step is executed whose gate is not true of the recorded outputs that it pinned, nor before its approval.",
+    4: "One key in one generation has one recorded outcome; the same key with other inputs is refused.",
+    5: "Every unfinished run has a claim, a retry or a message on its way, or a person, key or run that it waits for.",
+    6: "Every discarded step has exactly one open dead letter until it is resolved; resuming it resolves it.",
+    7: "An effect whose outcome is unknown is never repeated by itself.",
+    8: "Every attempt has a start and an end in the events, and the events tell the same as the tables.",
+}
 # A database that is broken throughout need not be listed throughout.
 VIOLATIONS_MAX = 1_000
 

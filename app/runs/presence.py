@@ -23,7 +23,8 @@ from app.runs.database import CODE_VERSION, CONNECT_TIMEOUT_S, LIVELINESS
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-_RECONNECT_S = 0.5
+# A session that was cut, and its lock, must be back well within the grace.
+_RECONNECT_S = 0.1
 _STOP, _BEAT_NOW = b"s", b"b"
 
 _REGISTER = text("""
@@ -102,12 +103,14 @@ class Presence:
                 if self._stopped_within(pause_s):
                     return
                 self._beat()
-                pause_s = self._lease_s / 3
+                # A sweeper that looks just now may hold the lock: again soon. So may a session that died unseen: later.
+                pause_s = self._lease_s / 3 if self._locked else min(2 * pause_s or _RECONNECT_S, self._lease_s / 3)
             except Exception as error:  # noqa: BLE001  # whatever it was: a thread that ends here is a false death
                 # Postgres or the network is away: the session and its lock are gone. Be back before the grace is over.
                 events.emit(Event.HEARTBEAT_FAILED, error=str(error).splitlines()[0] if str(error) else repr(error))
                 self._drop_session()
-                pause_s = min(_RECONNECT_S, self._lease_s / 3)
+                # At once where it had one until now.
+                pause_s = 0.0 if pause_s > _RECONNECT_S else min(_RECONNECT_S, self._lease_s / 3)
 
     def _stopped_within(self, pause_s: float) -> bool:
         """Waits for the next beat; awake at once when the server closes the session, to take the lock anew."""

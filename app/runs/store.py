@@ -5,11 +5,12 @@ same attempt id, and gets the same answer. Nothing here decides: `execution` doe
 """
 
 import json
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
 
-from sqlalchemy import bindparam, text
+from sqlalchemy import bindparam, event, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.exc import DBAPIError
@@ -21,7 +22,7 @@ from app.pipelines.model import Pipeline
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from sqlalchemy import Engine, TextClause
+    from sqlalchemy import Engine, ExceptionContext, TextClause
     from sqlalchemy.types import TypeEngine
 
     from app.pipelines.model import Agent, Json
@@ -126,12 +127,14 @@ class Swept:
     """What a sweep did and what must be sent: `due` retries released, steps `expired`, workers `lost`, steps `rescued`.
 
     Each of `rescued` has run_id, agent, attempt_id, code and reason. `overdue` are queues whose messages may be lost.
+    `judge_ms` is how soon to sweep again, because a worker is suspect; None where none is.
     """
 
     due: int
     expired: int
     lost: tuple[int, ...]
     rescued: "tuple[Json, ...]"
+    judge_ms: int | None
     unsent: bool
     unpublished: bool
     overdue: tuple[str, ...]
@@ -225,6 +228,16 @@ class Store:
 
     def __init__(self, engine: "Engine") -> None:
         self.engine = engine
+        self._session_lost_s = -float("inf")
+        event.listen(engine, "handle_error", self._note)
+
+    def _note(self, context: "ExceptionContext") -> None:
+        if context.is_disconnect:
+            self._session_lost_s = time.monotonic()
+
+    def lost_a_session_within(self, seconds: float) -> bool:
+        """Whether Postgres, or the way to it, dropped a session of this process so recently: maybe others' too."""
+        return time.monotonic() - self._session_lost_s < seconds
 
     def _one(self, statement: "TextClause", **parameters: object) -> Any:  # noqa: ANN401  # what the function returns
         with self.engine.connect() as connection:
@@ -401,7 +414,7 @@ class Store:
         return _unsent(self._all(_TAKE_UNSENT, run=run_id, limit=limit))
 
     def take_overdue(self, queues: "Collection[str]", resend_ms: int, limit: int) -> tuple[Unsent, ...]:
-        """Marks the overdue steps of these queues as sent again; the caller sends them."""
+        """Marks as sent again what is overdue in these empty queues, or overtaken in others; the caller sends it."""
         return _unsent(self._all(_TAKE_OVERDUE, queues=list(queues), resend_ms=resend_ms, limit=limit))
 
     def sweep(self, *, lease_ms: int, grace_ms: int, resend_ms: int, limit: int) -> Swept:

@@ -1,4 +1,4 @@
--- What every worker does once a second, so that nothing waits for ever: retries that are due, workers that are gone,
+-- What every worker does twice a second, so that nothing waits for ever: retries that are due, workers that are gone,
 -- messages that nobody sent. Each part re-checks state in the statement that changes it, and skips what others hold.
 
 -- Takes up to p_limit steps that are available and unsent (of one run, or of all), marks them as sent, and returns them
@@ -16,16 +16,24 @@ returns table (run_id uuid, pipeline_hash text, agent text, item text) language 
     returning s.run_id, r.pipeline_hash, s.agent, s.item
 $$;
 
--- Like take_unsent_v1, for overdue steps: those of queues that the caller found empty, and those that are overdue a hundred
--- times over, whatever their queue holds, so that a message that was lost behind a backlog is not lost for ever.
+-- Like take_unsent_v1, for overdue steps: those of queues that the caller found empty, and those that were overtaken. A queue
+-- gives its messages in the order in which they were sent, so what was sent well before a step that executes now is not behind
+-- it: its message was lost, however long the queue is. (Five times p_resend_ms: clocks of senders, and messages given back.)
 create function stepfast.take_overdue_v1(p_queues text[], p_resend_ms integer, p_limit integer)
 returns table (run_id uuid, pipeline_hash text, agent text, item text) language sql volatile as $$
-    with taken as (
-        select s.run_id, s.agent, s.item from stepfast.steps s
-        where s.state = 'available' and s.sent_at is not null
-          and s.sent_at < stepfast.now() - p_resend_ms * power(2, least(s.sends - 1, 6)) * interval '1 ms'
-              * case when s.queue = any (p_queues) then 1 else 100 end
-        order by s.sent_at limit p_limit for update skip locked)
+    with clock as materialized (select stepfast.now() as now, p_resend_ms * interval '1 ms' as resend),
+    lost as (
+        select queue, 'infinity'::timestamptz as sent_before from unnest(p_queues) queue
+        union all
+        select e.queue, max(e.sent_at) - 5 * p_resend_ms * interval '1 ms'
+        from stepfast.attempts a join stepfast.steps e on e.run_id = a.run_id and e.agent = a.agent and e.item = a.item
+        where a.state = 'executing' and e.queue <> all (p_queues) group by e.queue),
+    taken as (
+        select s.run_id, s.agent, s.item
+        from clock, lost l join stepfast.steps s on s.queue = l.queue
+        where s.state = 'available' and s.sent_at is not null and s.sent_at < least(l.sent_before, clock.now - clock.resend)
+          and s.sent_at < clock.now - clock.resend * power(2, least(s.sends - 1, 6))
+        order by s.sent_at limit p_limit for update of s skip locked)
     update stepfast.steps s set sent_at = stepfast.now(), sends = s.sends + 1
     from taken t join stepfast.runs r on r.id = t.run_id
     where s.run_id = t.run_id and s.agent = t.agent and s.item = t.item and s.state = 'available'
@@ -35,14 +43,16 @@ $$;
 -- Finds dead workers and takes their steps away. A free advisory lock makes a worker suspect, and so does a lease that ran
 -- out; a heartbeat clears it. It is dead when the suspicion has stood for the grace, or for a lease that ran out as long as a
 -- live worker needs for its next beat, too: after Postgres itself was frozen every lease is old. For one lease after Postgres
--- started nobody is dead: every lock is free then.
-create function stepfast.rescue_steps(p_lease_ms integer, p_grace_ms integer, p_limit integer, out lost bigint[], out rescued jsonb)
-language plpgsql volatile as $$
+-- started nobody is dead: every lock is free then. `judge_ms`: how soon the oldest suspicion is to be looked at again.
+create function stepfast.rescue_steps(
+    p_lease_ms integer, p_grace_ms integer, p_limit integer, out lost bigint[], out rescued jsonb, out judge_ms integer
+) language plpgsql volatile as $$
 declare
     v_now timestamptz := stepfast.now();
     v_grace interval := p_grace_ms * interval '1 ms';
     v_beat interval := p_lease_ms / 3 * interval '1 ms';
     v_free boolean;
+    v_due timestamptz;
     v_code text;
     w record;
     a record;
@@ -57,17 +67,20 @@ begin
 
     for w in select id, suspect_since, lease_until from stepfast.workers where ended_at is null limit 1000 loop
         v_free := pg_try_advisory_xact_lock(7083, w.id::int);
-        if not v_free and w.lease_until >= v_now then
-            continue;
-        elsif w.suspect_since is null then
-            update stepfast.workers set suspect_since = v_now where id = w.id and ended_at is null;
-        elsif w.suspect_since < v_now - v_grace - (case when v_free then interval '0' else v_beat end) then
+        continue when not v_free and w.lease_until >= v_now;
+        v_due := coalesce(w.suspect_since, v_now) + v_grace + case when v_free then interval '0' else v_beat end;
+        if w.suspect_since is not null and v_due < v_now then
             -- A heartbeat in between has moved the lease: then it lives.
             update stepfast.workers set ended_at = v_now
             where id = w.id and ended_at is null and lease_until = w.lease_until;
             if found then
                 lost := lost || w.id;
             end if;
+            continue;
+        end if;
+        judge_ms := least(judge_ms, ceil(extract(epoch from v_due - v_now) * 1000)::integer);
+        if w.suspect_since is null then
+            update stepfast.workers set suspect_since = v_now where id = w.id and ended_at is null;
         end if;
     end loop;
 
@@ -138,8 +151,9 @@ begin
 end $$;
 
 -- The whole sweep, one statement for an idle worker. Returns {"due": retries released, "lost": [worker ids], "rescued": [{"run_id",
--- "agent", "attempt_id", "code", "reason"}], "unsent": whether take_unsent_v1 would find any, "unpublished": whether a dead letter waits to be sent, "overdue": the
--- queues of steps whose message was sent a while ago and not claimed: lost, or waiting behind others}.
+-- "agent", "attempt_id", "code", "reason"}], "judge_ms": how soon to sweep again because a worker is suspect, or null, "unsent":
+-- whether take_unsent_v1 would find any, "unpublished": whether a dead letter waits to be sent, "overdue": the queues of steps
+-- whose message was sent a while ago and not claimed: lost, or waiting behind others}.
 -- That while doubles with every send, up to 64 times, so that a backlog is not doubled by resending.
 create function stepfast.sweep_v1(p_lease_ms integer, p_grace_ms integer, p_resend_ms integer, p_limit integer) returns jsonb
 language plpgsql volatile as $$
@@ -148,6 +162,7 @@ declare
     v_due integer;
     v_rescue record;
     v_expired integer := 0;
+    v_overdue jsonb;
 begin
     -- One sweeper at a time ends runs: several that each end many could wait for each other.
     if pg_try_advisory_xact_lock(7083, 0) then
@@ -160,11 +175,19 @@ begin
     where s.run_id = d.run_id and s.agent = d.agent and s.item = d.item;
     get diagnostics v_due = row_count;
     select * into v_rescue from stepfast.rescue_steps(p_lease_ms, p_grace_ms, p_limit);
+    -- The queues one by one, each by its first overdue step: a long backlog costs no more to look at than a short one.
+    with recursive q as (
+        (select queue from stepfast.steps where state = 'available' and sent_at is not null order by queue limit 1)
+        union all
+        select (select s.queue from stepfast.steps s where s.state = 'available' and s.sent_at is not null and s.queue > q.queue
+                order by s.queue limit 1) from q where q.queue is not null)
+    select coalesce(jsonb_agg(queue), '[]') into v_overdue from q
+    where exists (select from stepfast.steps s where s.state = 'available' and s.sent_at is not null and s.queue = q.queue
+                  and s.sent_at < v_now - p_resend_ms * interval '1 ms'
+                  and s.sent_at < v_now - p_resend_ms * power(2, least(s.sends - 1, 6)) * interval '1 ms');
     return jsonb_build_object(
-        'due', v_due, 'expired', v_expired, 'lost', v_rescue.lost, 'rescued', v_rescue.rescued,
+        'due', v_due, 'expired', v_expired, 'lost', v_rescue.lost, 'rescued', v_rescue.rescued, 'judge_ms', v_rescue.judge_ms,
         'unsent', exists (select from stepfast.steps where state = 'available' and sent_at is null),
         'unpublished', exists (select from stepfast.dead_letters where published_at is null),
-        'overdue', (select coalesce(jsonb_agg(distinct queue), '[]') from stepfast.steps
-                    where state = 'available' and sent_at is not null and sent_at < v_now - p_resend_ms * interval '1 ms'
-                      and sent_at < v_now - p_resend_ms * power(2, least(sends - 1, 6)) * interval '1 ms'));
+        'overdue', v_overdue);
 end $$;

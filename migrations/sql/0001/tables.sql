@@ -89,7 +89,7 @@ create table stepfast.steps (
 ) with (fillfactor = 70);
 create index steps_due on stepfast.steps (scheduled_at) where state = 'retryable';
 create index steps_unsent on stepfast.steps (run_id) where state = 'available' and sent_at is null;
-create index steps_sent on stepfast.steps (sent_at) where state = 'available' and sent_at is not null;
+create index steps_sent on stepfast.steps (queue, sent_at) where state = 'available' and sent_at is not null;
 
 create table stepfast.attempts (
     run_id uuid not null references stepfast.runs (id) on delete cascade,
