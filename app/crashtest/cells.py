@@ -34,7 +34,7 @@ class Fault(StrEnum):
     WORKER_FROZEN = "worker.frozen"  # SIGSTOP until the run has ended without it, then SIGCONT
     NETWORK_DROPPED = "network.dropped"  # its connections to Postgres are reset
     NETWORK_CUT = "network.cut"  # it does not reach Postgres until the run has ended without it
-    BROKER_WIPED = "broker.wiped"  # with a message waiting at the start, and again here
+    BROKER_WIPED = "broker.wiped"  # the run's first message is lost, and here all that there are
     BROKER_RESTARTED = "broker.restarted"
     POSTGRES_FAST = "postgres.restarted.fast"
     POSTGRES_IMMEDIATE = "postgres.restarted.immediate"
