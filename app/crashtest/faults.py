@@ -101,7 +101,7 @@ FAULTS: "dict[Fault, Callable[[Lane, Playing], Iterator[None]]]" = {
 def around_start(lane: "Lane", cell: Cell, run_id: UUID) -> "Iterator[None]":
     """Where the broker is wiped, the run's first message is lost, too: it is marked as sent, and never is.
 
-    (Sent for real, it would not wait to be lost: either broker hands it to a worker at once, also to one that is stopped.)
+    (Sent for real it would not wait to be lost: either broker hands it to a worker at once, also to a stopped one.)
     """
     if cell.fault != Fault.BROKER_WIPED:
         yield
