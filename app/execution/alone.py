@@ -7,6 +7,7 @@ costs milliseconds. It is started for the first such step, and ends with the wor
 import json
 import multiprocessing
 import os
+import random
 import threading
 from dataclasses import asdict
 from multiprocessing.connection import wait
@@ -18,6 +19,7 @@ from app.events import Event
 from app.execution import executor
 from app.execution import worker as workers
 from app.execution.executor import Result
+from app.observe import logs
 from app.runs.store import StepKey
 
 if TYPE_CHECKING:
@@ -25,23 +27,33 @@ if TYPE_CHECKING:
 
     from app.execution.worker import Worker
 
-# A process takes some 40 MB of its own. Who finds no place in time is put off, and its thread is free for others.
+# A process takes some 15 MB of its own. Who finds no place in time is put off, and its thread is free for others: for
+# so long for each that waits at most, so that a hundred suspects do not all come back at once.
 AT_ONCE_MAX = 8
 PLACE_WAIT_S = 1.5
-PUT_OFF_MS = 1_000
+PUT_OFF_EACH_MS = 100
 RESULT_MAX_BYTES = 1_000_000
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["app.execution.alone_server"])
 _places = threading.BoundedSemaphore(AT_ONCE_MAX)
+_waiting: set[StepKey] = set()
 # Of multiprocessing's own records of its children, which are not made for many threads.
 _starting = threading.Lock()
 
 
 def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
     """Executes a step in a process of its own, and returns what that one says; "stale" where it died."""
-    if not _places.acquire(timeout=PLACE_WAIT_S):
-        return executor.defer(worker, step, PUT_OFF_MS, "as many steps as may are executed alone already")
+    _waiting.add(step)
+    try:
+        has_place = _places.acquire(timeout=PLACE_WAIT_S)
+    finally:
+        _waiting.discard(step)
+    if not has_place:
+        waits = random.uniform(1, 2 + len(_waiting))  # noqa: S311  # spreads them; nothing is guessed from it
+        return executor.defer(
+            worker, step, round(waits * PUT_OFF_EACH_MS), "as many steps as may are executed alone already"
+        )
     try:
         said = _in_a_process(worker, step, pipeline_hash)
     finally:
@@ -80,8 +92,6 @@ def _in_a_process(worker: "Worker", step: StepKey, pipeline_hash: str) -> bytes 
 
 def _main(told: "Connection", parent_id: int, run_id: str, agent: str, pipeline_hash: str) -> None:
     """What such a process does."""
-    from app.observe import logs
-
     threading.Thread(target=_end_with_parent, name="stepfast-parent", daemon=True).start()
     logs.setup(settings.load())
     worker = workers.start_child(parent_id)

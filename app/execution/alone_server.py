@@ -4,12 +4,17 @@ A platform that stops a worker may send SIGTERM to every process of it, and a te
 decides what is finished: neither this process nor what it forks listens.
 """
 
+import gc
 import signal
+
+import psycopg
+from sqlalchemy.dialects.postgresql import psycopg as dialect
 
 from app.agents import claude, handlers
 from app.execution import alone
+from app.observe import logs
 
-__all__ = ["alone", "claude", "handlers"]
+__all__ = ["alone", "claude", "dialect", "handlers", "logs", "psycopg"]
 
 
 def _leave_it_to_the_worker(_number: int, _frame: object) -> None:
@@ -20,3 +25,4 @@ def _leave_it_to_the_worker(_number: int, _frame: object) -> None:
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, _leave_it_to_the_worker)
 claude.warm_up()
+gc.freeze()  # what is never looked at again is never copied
