@@ -48,7 +48,8 @@ def _warm_up(instance: Any, **_: Any) -> None:  # noqa: ANN401
 def _be_a_parent(instance: Any) -> None:  # noqa: ANN401
     """Registers this process, whose children then know it, and has it look after them."""
     parent = worker.current()
-    parent.children.pool = lambda: [process.pid for process in instance.pool._pool._pool]  # noqa: SLF001
+    # There is no pool before it starts, nor after it stopped.
+    parent.children.pool = lambda: [process.pid for process in getattr(instance.pool._pool, "_pool", ())]  # noqa: SLF001
     _ = parent.worker_id
 
 

@@ -5,8 +5,11 @@ Made on first use, and made anew after a fork: neither connections nor locks sur
 
 import os
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from app import settings
 from app.execution.children import Children
@@ -87,6 +90,9 @@ class Worker:
 
     def stop(self) -> None:
         if self._present:
+            # Where it is interrupted in the midst of a step, that is no loss, either.
+            with suppress(SQLAlchemyError):
+                self.hand_over()
             self._presence.stop()
         self.store.engine.dispose()
 

@@ -56,7 +56,7 @@ _LEAVE = text("update stepfast.workers set ended_at = stepfast.now() where id = 
 class Presence:
     """One process's row, lock and heartbeat. `start` blocks until it is registered; `stop` gives the row back."""
 
-    def __init__(self, url: str, lease_s: float, parent_id: int | None) -> None:
+    def __init__(self, url: str, lease_s: float, parent_id: int | None = None) -> None:
         self._engine = engine(url, pool_max=1, name="stepfast-presence")
         self._lease_s = lease_s
         self._parent_id = parent_id
