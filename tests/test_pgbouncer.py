@@ -29,6 +29,8 @@ def pooled(system, pooled_url, monkeypatch):
         "STEPFAST_DATABASE_URL": pooled_url,
         "STEPFAST_LEASE_S": str(LEASE_S),
         "STEPFAST_SWEEP_S": "0.5",
+        # Less than it takes until the next beat: whoever believed in a lock would be dead before it.
+        "STEPFAST_GRACE_S": "0.1",
     }
     with system.here(monkeypatch) as current:
         yield current

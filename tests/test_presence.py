@@ -52,10 +52,11 @@ def _backend_of(connection, pid: int) -> int:
 def test_process_that_keeps_the_interpreter_for_leases_is_alive(system, here, write_skill, tmp_path):
     """A call into C that lasts four leases: the parent vouches for its child, even where the child's session is cut."""
     name = system.publish(here, write_skill("- {id: deaf, idempotent: true}", DEAF))
+    # One that only looks who is dead.
+    system.start_worker(queues="agents", **SHORT)
     system.start_worker(pool="prefork", concurrency=1, **SHORT)
     run_id = operations.start(here, name, {"folder": str(tmp_path)}).run_id
     (pid,) = eventually(lambda: _began(tmp_path, "deaf"), what="the step")
-    system.start_worker(**SHORT)
     with psycopg.connect(system.database_url.replace("+psycopg", ""), autocommit=True) as connection:
         connection.execute("select pg_terminate_backend(%s)", (_backend_of(connection, int(pid)),))
     run = system.ended(run_id)
