@@ -41,7 +41,7 @@ types: $(VENV)/dev.stamp ## Check types
 
 .PHONY: histories
 histories: $(VENV)/dev.stamp ## Prove the rules over 2,000 random histories of runs (20 minutes)
-	@HISTORIES=2000 $(BIN)/python -m pytest -s tests/test_histories.py tests/test_hammer.py --timeout=3600
+	@HISTORIES=2000 $(BIN)/python -m pytest -s tests/test_histories.py tests/test_hammer.py tests/test_transactions.py tests/test_poison.py --timeout=3600
 
 .PHONY: crashtest
 crashtest: $(VENV)/dev.stamp ## Kill workers at every named point of the bundled pipeline, on both brokers (ARGS=... goes to both)

@@ -38,6 +38,7 @@ class Event(StrEnum):
 
     # Only logged.
     STEP_STALE_CLAIM = "step.stale_claim"
+    STEP_ALONE = "step.alone"  # it is executed in a process of its own: workers died under it
     STEP_DISPATCHED = "step.dispatched"
     SEND_FAILED = "step.send_failed"
     STEP_INPUT = "step.input"
@@ -53,7 +54,7 @@ class Event(StrEnum):
     DEAD_LETTER_PUBLISHED = "dead_letter.published"
     SWEEP_FAILED = "sweep.failed"
     WORKER_STARTED = "worker.started"
-    WORKER_STOPPED = "worker.stopped"
+    WORKER_STOPPED = "worker.stopped"  # it gave away what it could not finish in time
     WORKER_LOST = "worker.lost"
     HEARTBEAT_FAILED = "worker.heartbeat_failed"
     LIBRARY = "library"  # a third party's log line, under our format

@@ -33,6 +33,8 @@ class Settings:
 
     # Servers. A URL may hold a password.
     database_url: str | None = field(default=None, repr=False)
+    # The same database without a pooler between, for the one session by which others see at once that a process died.
+    session_database_url: str | None = field(default=None, repr=False)
     broker_url: str | None = field(default=None, repr=False)
     anthropic_base_url: str | None = None
     anthropic_api_key: str | None = field(default=None, repr=False)
@@ -51,8 +53,12 @@ class Settings:
     lease_s: float = 10.0
     # How long an advisory lock must stay free before its worker counts as dead: a dropped session is back sooner.
     grace_s: float = 0.5
-    # How often each worker looks for what is due, dead or unsent. Half of it and the grace are what a death costs.
+    # How often each worker looks for what is due, dead or unsent, and vouches for its children. Half of it and the grace
+    # are what a death costs.
     sweep_s: float = 0.5
+    # After SIGTERM, how long a worker goes on with what it executes, before it gives it away. Platforms kill after 10 s
+    # (Docker, Nomad) or 30 s (Kubernetes, Heroku): to give away takes less than a second, and one is left to spare.
+    shutdown_s: float = 8.0
     # A server's Retry-After is obeyed up to this; facts: uncapped, one header stalls a step for an hour.
     retry_after_max_s: float = 120.0
 
@@ -75,20 +81,28 @@ class Settings:
         """The URL of Postgres, with the driver that we ship. Raises NotReady where it is missing."""
         if not self.database_url:
             raise NotReady("STEPFAST_DATABASE_URL is not set.", next_step=_EMBEDDED)
-        for prefix in ("postgres://", "postgresql://"):
-            if self.database_url.startswith(prefix):
-                return "postgresql+psycopg://" + self.database_url.removeprefix(prefix)
-        if not self.database_url.startswith("postgresql+psycopg://"):
-            raise NotReady(
-                "STEPFAST_DATABASE_URL is not a Postgres URL.", next_step="Write postgresql://user@host/name."
-            )
-        return self.database_url
+        return _with_driver("database_url", self.database_url)
+
+    def need_session_database(self) -> str:
+        """The URL of Postgres for a session of one's own. Raises NotReady."""
+        if not self.session_database_url:
+            return self.need_database()
+        return _with_driver("session_database_url", self.session_database_url)
 
     def need_broker(self) -> str:
         """The broker's URL. Raises NotReady where it is missing."""
         if not self.broker_url:
             raise NotReady("STEPFAST_BROKER_URL is not set.", next_step=_EMBEDDED)
         return self.broker_url
+
+
+def _with_driver(name: str, url: str) -> str:
+    for prefix in ("postgres://", "postgresql://"):
+        if url.startswith(prefix):
+            return "postgresql+psycopg://" + url.removeprefix(prefix)
+    if not url.startswith("postgresql+psycopg://"):
+        raise NotReady(f"{variable(name)} is not a Postgres URL.", next_step="Write postgresql://user@host/name.")
+    return url
 
 
 _EMBEDDED = "Set it, or use --embedded, `stepfast up` or `stepfast demo`, which start embedded servers."
@@ -116,7 +130,13 @@ def parse(environ: Mapping[str, str]) -> Settings:
             hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(sorted(known))}."
             raise NotReady(f"{name} is not a setting.", next_step=hint)
     given = {known[name]: text for name, text in environ.items() if name in known and text}
-    return Settings(**{name: _value(name, text) for name, text in given.items()})  # type: ignore[arg-type]
+    made = Settings(**{name: _value(name, text) for name, text in given.items()})  # type: ignore[arg-type]
+    if made.sweep_s > made.lease_s / 3:
+        raise NotReady(
+            f"STEPFAST_SWEEP_S is {made.sweep_s:g}, and above a third of STEPFAST_LEASE_S, {made.lease_s:g}.",
+            next_step="Sweep at least as often as the lease is renewed, or live processes may be taken for dead.",
+        )
+    return made
 
 
 def _value(name: str, text: str) -> object:

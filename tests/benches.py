@@ -33,7 +33,7 @@ class Bench:
         self.store.publish(definition)
         return self.store.enqueue(definition.name, run_input or {}, **options)[0]
 
-    def bid(self, run_id, name, *, repeatable=True, timeout_ms=60_000) -> Bid:
+    def bid(self, run_id, name, *, repeatable=True, timeout_ms=60_000, alone=False) -> Bid:
         return Bid(
             StepKey(run_id, name),
             self.definition.by_id[name],
@@ -43,6 +43,7 @@ class Bench:
             timeout_ms,
             1000,
             repeatable,
+            alone=alone,
         )
 
     def claim(self, run_id, name, **options):

@@ -249,6 +249,15 @@ def system(database_url, broker_url, tmp_path):
     running.stop()
 
 
+@pytest.fixture(scope="session")
+def rabbit(tmp_path_factory):
+    """One RabbitMQ for the whole session; its URL."""
+    from app.rabbitmq import RabbitMQ
+
+    with RabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as running:
+        yield running.url()
+
+
 @pytest.fixture
 def here(system, monkeypatch):
     """The test process's Worker on the test's servers."""

@@ -156,16 +156,18 @@ class Bench:
 
     # What a worker does with a message.
 
-    def bid(self, step: StepKey) -> Bid:
+    def bid(self, step: StepKey, *, alone: bool = False) -> Bid:
         chosen = self.definition.by_id[step.agent]
-        return Bid(
-            step, chosen, self.definition.hash, uuid4(), self.worker, chosen.timeout_ms, TICK_MS // 2, chosen.repeatable
-        )
+        limits = (chosen.timeout_ms, TICK_MS // 2)
+        return Bid(step, chosen, self.definition.hash, uuid4(), self.worker, *limits, chosen.repeatable, alone=alone)
 
     def take(self, step: StepKey, *, repeated: bool = False) -> Held | None:
         """Claims a step and does what stands before its execution. What comes back is executing."""
         bid = self.bid(step)
         claim = self.store.claim(bid)
+        if claim.outcome == "alone":
+            bid = self.bid(step, alone=True)
+            claim = self.store.claim(bid)
         if repeated and claim.outcome in {"claimed", "reuse", "bad_key"}:
             again = self.store.claim(bid)
             said = [(c.outcome, c.number, c.generation, c.output, c.reused_from) for c in (claim, again)]

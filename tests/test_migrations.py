@@ -9,7 +9,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import text
 
 from app.errors import NotReady
-from app.runs.database import check_ready, engine, head_revision, migrate
+from app.runs.database import LOCK_TIMEOUT_MS, check_ready, engine, head_revision, migrate
 from app.runs.tables import metadata
 
 
@@ -105,3 +105,13 @@ def test_unreachable_database_is_not_ready():
     """No traceback, and the variable to look at."""
     with pytest.raises(NotReady, match="STEPFAST_DATABASE_URL"):
         migrate("postgresql+psycopg://nobody@127.0.0.1:1/none")
+
+
+def test_every_function_limits_its_waits_for_locks(database_url):
+    """Also where no session is set up by us: behind a pooler, and in an application's own transaction."""
+    with connected(database_url) as connection:
+        found = connection.exec_driver_sql(
+            "select proname, proconfig from pg_proc where pronamespace = 'stepfast'::regnamespace and proname ~ '_v1$'"
+        ).all()
+    assert len(found) > 10
+    assert [name for name, limits in found if f"lock_timeout={LOCK_TIMEOUT_MS // 1000}s" not in (limits or ())] == []

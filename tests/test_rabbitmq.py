@@ -44,12 +44,6 @@ HANDLERS = """
 """
 
 
-@pytest.fixture(scope="module")
-def rabbit(tmp_path_factory):
-    with rabbitmq.RabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as running:
-        yield running.url()
-
-
 @pytest.fixture
 def on_rabbit(system, rabbit, monkeypatch):
     system.use(system.database_url, rabbit)

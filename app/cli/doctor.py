@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from app.execution.worker import Worker
-    from app.runs.health import Health
+    from app.runs.health import Health, Server
 
 SKEW_MAX_S = 2.0
 REPLY_TIMEOUT_S = 1.0
 STUCK_LISTED_MAX = 20
 _PACKAGES = ("stepfast-app", "celery", "redis", "anthropic", "sqlalchemy", "psycopg", "flower")
+_DIRECTLY = "Set STEPFAST_SESSION_DATABASE_URL to the same database's address without the pooler."
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "red"}
 
 
@@ -160,10 +161,11 @@ def _database(worker: "Worker", nodes: dict[str, set[str]] | None) -> "Iterator[
 
     health = Health(worker.store.engine)
     before = datetime.now(UTC)
-    server_time, server = health.clock()
+    server = health.server()
     middle = before + (datetime.now(UTC) - before) / 2
-    yield Check("database", "ok", f"PostgreSQL {server}, at migration {head_revision()} or later")
-    yield _clock((server_time - middle).total_seconds())
+    yield Check("database", "ok", f"PostgreSQL {server.version}, at migration {head_revision()} or later")
+    yield _clock((server.now - middle).total_seconds())
+    yield from _pooler(worker.settings, server)
     waiting = health.available()
     depths: dict[str, int] = {}
     if nodes is not None:
@@ -173,6 +175,20 @@ def _database(worker: "Worker", nodes: dict[str, set[str]] | None) -> "Iterator[
     yield from _workers(health, nodes or {}, waiting)
     yield from _dead_letters(health, worker.settings.dead_queue_max)
     yield from _stuck(health, {name for name, depth in depths.items() if depth})
+
+
+def _pooler(configured: settings.Settings, server: "Server") -> "Iterator[Check]":
+    if server.is_pooled and not server.is_limited:
+        yield Check(
+            "pooler",
+            "warn",
+            "a pooler stands before Postgres, and takes no statement_timeout from us",
+            "Give the role one: alter role NAME set statement_timeout = '10s'.",
+        )
+    if server.is_pooled and not configured.session_database_url:
+        lease = f"only when their lease of {configured.lease_s:g} s has run out"
+        text = f"no process behind a pooler has a session of its own, so that deaths are noticed {lease}"
+        yield Check("pooler", "warn", text, _DIRECTLY)
 
 
 def _clock(ahead_s: float) -> Check:
@@ -212,6 +228,9 @@ def _workers(health: "Health", nodes: dict[str, set[str]], waiting: dict[str, in
         for queue in sorted(waiting.keys() - served):
             text = f"nobody serves the queue {queue}, where {waiting[queue]:,} steps wait"
             yield Check("workers", "bad", text, f"Start a worker with -Q {queue}.")
+    if leased := [entry for entry in processes if not entry["has_session"]]:
+        text = f"{_counted(leased, 'process has', 'processes have')} no session of its own, behind a pooler"
+        yield Check("workers", "warn", f"{text}: a death of theirs is noticed by its lease alone", _DIRECTLY)
     from app.runs.database import CODE_VERSION
 
     if other := sorted({entry["code_version"] for entry in processes} - {CODE_VERSION}):

@@ -22,7 +22,7 @@ from app.errors import NotReady
 from app.settings import ROOT
 
 READY_TIMEOUT_S = 60.0
-# A worker that is told to stop finishes what it executes. What takes longer is killed, and rescued at the next start.
+# A worker that is told to stop finishes what it executes, or gives it away, within STEPFAST_SHUTDOWN_S.
 STOP_TIMEOUT_S = 10.0
 WATCH_S = 0.05
 # A process that ends is started again after 1 s, then 2 s, …; one that lived for a minute begins at 1 s again.

@@ -40,11 +40,14 @@ COMMIT_MARGIN_MS = 15_000
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`state` is the step's new state, or "stale" or "deferred". `ready` are the agents whose messages must be sent."""
+    """`state` is the step's new state, or "stale" or "deferred". `ready` are the agents whose messages must be sent.
+
+    `error` is the code of what the attempt failed with.
+    """
 
     state: str
     ready: tuple[str, ...] = ()
-    error: AgentError | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
         except AgentError as error:
             broken = error
         if agent.handler and not handler and not broken:
-            return _defer(worker, step, f"this worker has no handler {agent.handler}")
+            return defer(worker, step, DEFER_MS, f"this worker has no handler {agent.handler}")
         bid = Bid(
             step=step,
             agent=agent,
@@ -84,10 +87,15 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
             wait_ms=KEY_WAIT_MS,
             repeatable=agent.repeatable or bool(handler and handler.repeatable),
             code_hash=handler.code_hash if handler else None,
+            alone=worker.alone,
         )
         reach(CrashPoint.CLAIM_BEFORE, agent.id, str(step.run_id))
         claim = through_outage(lambda: worker.store.claim(bid), max_s=OUTAGE_MAX_S)
         deadline = Deadline.after_ms(agent.timeout_ms)
+        if claim.outcome == "alone":
+            from app.execution import alone
+
+            return alone.execute(worker, step, pipeline_hash)
         attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline)
         with events.bound(attempt_id=str(attempt.id), generation=claim.generation):
             return _attempt(attempt, broken)
@@ -142,11 +150,12 @@ def _find_handler(worker: "Worker", pipeline: "Pipeline", agent: "Agent") -> "Ha
     return handlers.find(pipeline.name, agent, worker.settings)
 
 
-def _defer(worker: "Worker", step: StepKey, reason: str) -> Result:
-    deferred = through_outage(lambda: worker.store.defer(step, DEFER_MS, reason), max_s=OUTAGE_MAX_S)
+def defer(worker: "Worker", step: StepKey, delay_ms: int, reason: str) -> Result:
+    """Puts an available step off, which counts against nothing."""
+    deferred = through_outage(lambda: worker.store.defer(step, delay_ms, reason), max_s=OUTAGE_MAX_S)
     if not deferred:
         return Result("stale")
-    events.emit(Event.STEP_DEFERRED, reason=reason, retry_ms=DEFER_MS)
+    events.emit(Event.STEP_DEFERRED, reason=reason, retry_ms=delay_ms)
     return Result("deferred")
 
 
@@ -320,7 +329,7 @@ def _fail(attempt: Attempt, error: AgentError) -> Result:
         cost_usd=error.cost_usd,
     )
     _emit_run_end(ended)
-    return Result(ended.outcome, _ready(ended), error)
+    return Result(ended.outcome, _ready(ended), error.code)
 
 
 def _store_failure(attempt: Attempt, stored: "Json", paid: Paid, ending: Ending) -> Ended:

@@ -4,10 +4,11 @@ import sys
 from typing import Any
 
 from celery import signals
+from celery.concurrency.prefork import TaskPool as PreforkPool
 
 from app import settings
 from app.errors import StepfastError
-from app.execution import worker
+from app.execution import stopping, worker
 from app.execution.rescue import Sweeper
 from app.pipelines.model import Queue
 
@@ -19,8 +20,10 @@ def connect() -> None:
     signals.worker_init.connect(_refuse_unready, weak=False, dispatch_uid="stepfast-unready")
     signals.celeryd_after_setup.connect(_warm_up, weak=False, dispatch_uid="stepfast-warm-up")
     signals.worker_ready.connect(_start_sweeping, weak=False, dispatch_uid="stepfast-sweep")
+    signals.worker_shutting_down.connect(stopping.begin, weak=False, dispatch_uid="stepfast-stop")
     signals.worker_shutdown.connect(_leave, weak=False, dispatch_uid="stepfast-leave")
     signals.worker_process_shutdown.connect(_leave_process, weak=False, dispatch_uid="stepfast-leave-process")
+    signals.task_prerun.connect(stopping.leave_it_to_the_parent, weak=False, dispatch_uid="stepfast-child")
 
 
 def _refuse_unready(**_: Any) -> None:  # noqa: ANN401  # Celery's signals pass what they like
@@ -33,11 +36,21 @@ def _refuse_unready(**_: Any) -> None:  # noqa: ANN401  # Celery's signals pass 
 
 
 def _warm_up(instance: Any, **_: Any) -> None:  # noqa: ANN401
-    """The SDK takes two seconds to import: not out of the first agent's own time, and before any fork."""
+    """What comes before any fork. The SDK takes two seconds to import: not out of the first agent's own time."""
     if set(instance.app.amqp.queues.consume_from) - {Queue.HANDLERS}:
         from app.agents import claude
 
         claude.warm_up()
+    if issubclass(instance.pool_cls, PreforkPool):
+        _be_a_parent(instance)
+
+
+def _be_a_parent(instance: Any) -> None:  # noqa: ANN401
+    """Registers this process, whose children then know it, and has it look after them."""
+    parent = worker.current()
+    # There is no pool before it starts, nor after it stopped.
+    parent.children.pool = lambda: [process.pid for process in getattr(instance.pool._pool, "_pool", ())]  # noqa: SLF001
+    _ = parent.worker_id
 
 
 def _start_sweeping(**_: Any) -> None:  # noqa: ANN401
@@ -47,6 +60,7 @@ def _start_sweeping(**_: Any) -> None:  # noqa: ANN401
 
 
 def _leave(**_: Any) -> None:  # noqa: ANN401
+    stopping.end()
     for sweeper in _sweepers:
         sweeper.stop()
     _sweepers.clear()

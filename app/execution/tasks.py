@@ -51,7 +51,7 @@ def step(self: "Task", *args: str) -> str:
         dead_queue.publish_pending(current.store, current.settings.dead_queue_max)
     if result.error:
         # The code alone: task events and Flower are no place for an error's text.
-        raise AttemptFailed(f"{key.agent}: {result.error.code}")
+        raise AttemptFailed(f"{key.agent}: {result.error}")
     return result.state
 
 

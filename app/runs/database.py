@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.pool import NullPool
 
@@ -12,17 +12,22 @@ from app.errors import NotReady
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Dialect, Engine
 
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
 # Raised when code and database stop understanding each other; `stepfast.meta.min_code_version` may not be above it.
 CODE_VERSION = 1
 
-# A statement that waits longer is a bug or an outage: the step's own retry is better than a hung worker.
+# A statement that takes longer is a bug or an outage: the step's own retry is better than a hung worker.
 STATEMENT_TIMEOUT_MS = 10_000
+# Whoever holds a lock of ours holds it for milliseconds. Every function has this limit in itself, too (limits.sql), for
+# connections that we cannot set up: a pooler's, and those of applications that call enqueue_v1.
 LOCK_TIMEOUT_MS = 5_000
+# Nothing of ours waits inside a transaction: one that does belongs to a process that is frozen, and holds its locks.
+IDLE_IN_TRANSACTION_TIMEOUT_MS = 30_000
 CONNECT_TIMEOUT_S = 5
 # A peer that vanished without a word (a lost host, a cut network) is noticed by the kernel within seconds, not hours.
 LIVELINESS = {
@@ -37,19 +42,20 @@ MIGRATION_LOCK_TIMEOUT_MS = 10_000
 MIGRATION_TIMEOUT_MS = 600_000
 
 
-def engine(url: str, *, pool_max: int) -> "Engine":
+def engine(url: str, *, pool_max: int, name: str = "stepfast") -> "Engine":
     """An engine in autocommit: each of the store's functions is one statement and so one transaction, one round trip.
 
     No ping before use, which would be a second round trip: whoever must not fail at a lost connection repeats its call.
+    Behind a pooler it works as well, where a connection lasts for one transaction: nothing of it outlives a statement.
     """
     address = make_url(url)
     options = (
         f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS} -c timezone=UTC"
-        " -c application_name=stepfast -c idle_in_transaction_session_timeout=30000"
+        f" -c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_TIMEOUT_MS}"
         # The last one counts: what the URL says wins.
         f" {address.query.get('options', '')}"
     )
-    return create_engine(
+    made = create_engine(
         address.difference_update_query(["options"]),
         isolation_level="AUTOCOMMIT",
         pool_size=pool_max,
@@ -57,8 +63,33 @@ def engine(url: str, *, pool_max: int) -> "Engine":
         pool_timeout=30,
         # An error's text must not carry outputs into the logs.
         hide_parameters=True,
-        connect_args={**LIVELINESS, "options": options},
+        connect_args={
+            **LIVELINESS,
+            "options": options,
+            "application_name": name,
+            # A prepared statement belongs to a session, which a pooler gives to somebody else meanwhile. Ours call one
+            # function each: there is nothing to gain by preparing them.
+            "prepare_threshold": None,
+        },
     )
+    _without_options_behind_a_pooler(made)
+    return made
+
+
+def _without_options_behind_a_pooler(made: "Engine") -> None:
+    """A pooler refuses `options`, which would set up a session that is not ours: then we connect without."""
+    refused: list[str] = []
+
+    @event.listens_for(made, "do_connect")
+    def connect(dialect: "Dialect", _record: object, args: "list[Any]", given: "dict[str, Any]") -> "Any":  # noqa: ANN401
+        if not refused:
+            try:
+                return dialect.connect(*args, **given)
+            except dialect.loaded_dbapi.OperationalError as error:
+                if "startup parameter" not in str(error):
+                    raise
+                refused.append(str(error))
+        return dialect.connect(*args, **{name: value for name, value in given.items() if name != "options"})
 
 
 def is_outage(error: DBAPIError) -> bool:
@@ -125,10 +156,10 @@ def migrate(url: str, *, revision: str = "head") -> tuple[str | None, str | None
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.set_main_option("path_separator", "os")
-    once = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+    once = create_engine(url, poolclass=NullPool, connect_args={**LIVELINESS, "prepare_threshold": None})
     with readiness(), once.connect() as connection:
-        connection.execute(text(f"set lock_timeout = {MIGRATION_LOCK_TIMEOUT_MS}"))
-        connection.execute(text(f"set statement_timeout = {MIGRATION_TIMEOUT_MS}"))
+        connection.execute(text(f"set local lock_timeout = {MIGRATION_LOCK_TIMEOUT_MS}"))
+        connection.execute(text(f"set local statement_timeout = {MIGRATION_TIMEOUT_MS}"))
         # (7083, -1): beside the workers' ids, which are positive, and the sweeper's 0.
         connection.execute(text("select pg_advisory_xact_lock(7083, -1)"))
         connection.execute(text("create schema if not exists stepfast"))

@@ -1,5 +1,6 @@
 """What `stepfast doctor` asks Postgres: its clock, the workers, what is not sent, and runs that nothing moves."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sqlalchemy import bindparam, text
@@ -19,9 +20,12 @@ GRACE_S = 10
 # A step whose message was sent so long ago, and whose queue is empty, is stuck.
 MESSAGE_MAX_S = 300
 
-_CLOCK = text("select clock_timestamp() as now, current_setting('server_version') as version")
+_SERVER = text("""
+    select clock_timestamp() as now, current_setting('server_version') as version, pg_backend_pid() as backend_pid,
+           current_setting('statement_timeout') <> '0' as is_limited
+""")
 _WORKERS = text("""
-    select id, host, pid, code_version
+    select id, host, pid, code_version, has_session
     from stepfast.workers where ended_at is null and lease_until > stepfast.now() order by id limit 1000
 """)
 _LETTERS = text("""
@@ -67,6 +71,16 @@ _STUCK = text("""
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """`is_pooled`: something stands between. `is_limited`: a statement there ends in time by itself."""
+
+    now: "datetime"
+    version: str
+    is_pooled: bool
+    is_limited: bool
+
+
 class Health:
     """Questions over one engine, each of one statement."""
 
@@ -77,13 +91,17 @@ class Health:
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(statement, parameters).mappings()]
 
-    def clock(self) -> "tuple[datetime, str]":
-        """The server's time, and its version."""
-        (row,) = self._all(_CLOCK)
-        return row["now"], row["version"]
+    def server(self) -> "Server":
+        """What the server says of itself and of our connection to it."""
+        with self._engine.connect() as connection:
+            row = connection.execute(_SERVER).one()
+            driver = connection.connection.driver_connection
+        assert driver is not None
+        # As in Presence: a pooler tells its clients another pid than its backend's.
+        return Server(row.now, row.version, row.backend_pid != driver.info.backend_pid, row.is_limited)
 
     def workers(self) -> "Sequence[Json]":
-        """Processes that execute steps, with a live lease: id, host, pid, code_version."""
+        """Processes that execute steps, with a live lease: id, host, pid, code_version, has_session."""
         return self._all(_WORKERS)
 
     def dead_letters(self) -> tuple[int, int]:

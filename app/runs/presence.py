@@ -3,6 +3,9 @@
 It has a row in `stepfast.workers`, and holds the advisory lock (7083, its id) on a session of its own: the kernel
 closes that session within milliseconds of its death, so others see it at once. One statement, three times a lease,
 keeps the lease of the whole process for what no socket reports: a frozen process, a lost host, a cut network.
+
+Behind a pooler there is no session of its own. A lock would be held by whoever the pooler lends the connection to, and
+be let go when it likes: the lease alone counts then.
 """
 
 import os
@@ -10,17 +13,19 @@ import select
 import socket
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool
 
 from app import events
 from app.events import Event
-from app.runs.database import CODE_VERSION, CONNECT_TIMEOUT_S, LIVELINESS
+from app.runs.database import CODE_VERSION, CONNECT_TIMEOUT_S, engine
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    from psycopg import Connection as DriverConnection
     from sqlalchemy import Connection
 
 # A session that was cut, and its lock, must be back well within the grace.
@@ -29,14 +34,21 @@ _STOP, _BEAT_NOW = b"s", b"b"
 
 _REGISTER = text("""
     with worker as (
-        insert into stepfast.workers (host, pid, code_version, started_at, lease_until)
-        values (:host, :pid, :code_version, stepfast.now(), stepfast.now() + :lease_s * interval '1 s') returning id)
-    select id, pg_advisory_lock(7083, id::int) from worker
+        insert into stepfast.workers (host, pid, code_version, started_at, lease_until, parent_id, has_session)
+        values (:host, :pid, :code_version, stepfast.now(), stepfast.now() + :lease_s * interval '1 s', :parent,
+                :backend_pid = pg_backend_pid())
+        returning id, has_session),
+    -- Of a process that was taken for dead, and whose children live.
+    children as (
+        update stepfast.workers set parent_id = worker.id from worker where parent_id = :before and ended_at is null)
+    select id, has_session, case when has_session then pg_advisory_lock(7083, id::int) end from worker
 """)
 _LOCK = text("select pg_try_advisory_lock(7083, :id)")
 _BEAT = text("""
-    update stepfast.workers set lease_until = stepfast.now() + :lease_s * interval '1 s', suspect_since = null
-    where id = :id and ended_at is null
+    update stepfast.workers
+    set lease_until = stepfast.now() + :lease_s * interval '1 s', suspect_since = null,
+        has_session = :backend_pid = pg_backend_pid()
+    where id = :id and ended_at is null returning has_session
 """)
 _LEAVE = text("update stepfast.workers set ended_at = stepfast.now() where id = :id and ended_at is null")
 
@@ -44,15 +56,10 @@ _LEAVE = text("update stepfast.workers set ended_at = stepfast.now() where id = 
 class Presence:
     """One process's row, lock and heartbeat. `start` blocks until it is registered; `stop` gives the row back."""
 
-    def __init__(self, url: str, lease_s: float) -> None:
-        self._engine = create_engine(
-            url,
-            poolclass=NullPool,
-            isolation_level="AUTOCOMMIT",
-            hide_parameters=True,
-            connect_args={**LIVELINESS, "application_name": "stepfast-presence"},
-        )
+    def __init__(self, url: str, lease_s: float, parent_id: int | None = None) -> None:
+        self._engine = engine(url, pool_max=1, name="stepfast-presence")
         self._lease_s = lease_s
+        self._parent_id = parent_id
         self._wake_reader, self._wake_writer = os.pipe()
         self._locked = False
         self._connection: Connection | None = None
@@ -74,8 +81,7 @@ class Presence:
         if self._connection:
             with suppress(DBAPIError):
                 self._connection.execute(_LEAVE, {"id": self.worker_id})
-            self._connection.close()
-            self._connection = None
+        self._drop_session()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
 
@@ -86,11 +92,15 @@ class Presence:
             "pid": os.getpid(),
             "code_version": CODE_VERSION,
             "lease_s": self._lease_s,
+            "parent": self._parent_id,
+            "before": self.worker_id,
+            "backend_pid": self._backend_pid(),
         }
         # In one transaction: the row becomes visible when its lock is held.
-        self.worker_id = connection.execute(_REGISTER, parameters).scalar_one()
-        self._locked = True
-        events.emit(Event.WORKER_STARTED, worker=self.worker_id, pid=os.getpid())
+        registered = connection.execute(_REGISTER, parameters).one()
+        self.worker_id = registered.id
+        self._locked = registered.has_session
+        events.emit(Event.WORKER_STARTED, worker=self.worker_id, pid=os.getpid(), has_session=registered.has_session)
 
     def beat_soon(self) -> None:
         """Wakes the heartbeat: somebody learned that this process was taken for dead."""
@@ -102,9 +112,9 @@ class Presence:
             try:
                 if self._stopped_within(pause_s):
                     return
-                self._beat()
+                all_is_well = self._beat()
                 # A sweeper that looks just now may hold the lock: again soon. So may a session that died unseen: later.
-                pause_s = self._lease_s / 3 if self._locked else min(2 * pause_s or _RECONNECT_S, self._lease_s / 3)
+                pause_s = self._lease_s / 3 if all_is_well else min(2 * pause_s or _RECONNECT_S, self._lease_s / 3)
             except Exception as error:  # noqa: BLE001  # whatever it was: a thread that ends here is a false death
                 # Postgres or the network is away: the session and its lock are gone. Be back before the grace is over.
                 events.emit(Event.HEARTBEAT_FAILED, error=str(error).splitlines()[0] if str(error) else repr(error))
@@ -121,29 +131,42 @@ class Presence:
         ready = {descriptor for descriptor, _ in poll.poll(pause_s * 1000)}
         return self._wake_reader in ready and os.read(self._wake_reader, 1) != _BEAT_NOW
 
-    def _socket(self) -> int:
+    def _driver(self) -> "DriverConnection[Any]":
         assert self._connection is not None
-        driver = self._connection.connection.driver_connection
-        assert driver is not None
-        return int(driver.fileno())
+        return cast("DriverConnection[Any]", self._connection.connection.driver_connection)
 
-    def _beat(self) -> None:
-        """The lease first, then the lock, which the server may still hold for a session that is dead."""
+    def _socket(self) -> int:
+        return self._driver().fileno()
+
+    def _backend_pid(self) -> int:
+        """As the server told it when we connected. A pooler tells its clients another one than its backend's."""
+        return self._driver().info.backend_pid
+
+    def _beat(self) -> bool:
+        """The lease first, then the lock, which the server may still hold for a session that is dead.
+
+        Returns whether all is as it should be.
+        """
         if self._connection is None:
             self._connection = self._engine.connect()
             self._locked = False
-        beaten = self._connection.execute(_BEAT, {"id": self.worker_id, "lease_s": self._lease_s})
-        if beaten.rowcount == 0:
+        parameters = {"id": self.worker_id, "lease_s": self._lease_s, "backend_pid": self._backend_pid()}
+        beaten = self._connection.execute(_BEAT, parameters).one_or_none()
+        if beaten is None:
             # Somebody took this process for dead (it was frozen, or cut off). Its attempts are fenced; begin anew.
             events.emit(Event.WORKER_LOST, worker=self.worker_id, pid=os.getpid())
             self._drop_session()
             self._register()
-        elif not self._locked:
+        elif beaten.has_session and not self._locked:
             self._locked = bool(self._connection.execute(_LOCK, {"id": self.worker_id}).scalar())
+            return self._locked
+        return True
 
     def _drop_session(self) -> None:
+        """Closes it for good: a connection that went back to the engine's pool would keep the lock."""
         if self._connection:
             with suppress(DBAPIError):
+                self._connection.invalidate()
                 self._connection.close()
         self._connection = None
 

@@ -42,7 +42,7 @@ class Bid:
     """A request to claim a step for one attempt.
 
     `timeout_ms` is when others may take the step away again; `wait_ms` is how long the step waits where another run
-    holds its key; `repeatable` says that dying under it is harmless.
+    holds its key; `repeatable` says that dying under it is harmless; `alone` that its process executes nothing else.
     """
 
     step: StepKey
@@ -54,11 +54,12 @@ class Bid:
     wait_ms: int
     repeatable: bool
     code_hash: str | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The answer to a claim. `outcome` is claimed, reuse, bad_key, deferred or stale (see claim.sql).
+    """The answer to a claim. `outcome` is claimed, reuse, bad_key, deferred, alone or stale (see claim.sql).
 
     `approved` is the digest that a person approved; `feedback` what a later gate read when it sent this step back.
     """
@@ -123,6 +124,15 @@ class Unsent:
 
 
 @dataclass(frozen=True, slots=True)
+class Family:
+    """What a worker knows of the processes that it started, by their pids: which live, and which it has seen end."""
+
+    worker_id: int
+    living: "Collection[int]"
+    dead: "Collection[int]"
+
+
+@dataclass(frozen=True, slots=True)
 class Swept:
     """What a sweep did and what must be sent: `due` retries released, steps `expired`, workers `lost`, steps `rescued`.
 
@@ -180,6 +190,7 @@ _CLAIM = call(
     ("key_parts", _JSON),
     ("key_inputs", _JSON),
     ("wait_ms", Integer()),
+    ("alone", Boolean()),
 )
 _DEFER = call("defer_v1", *_STEP, ("delay_ms", Integer()), ("reason", Text()))
 _COMPLETE = call("complete_v1", *_ATTEMPT, ("output", _JSON), *_PAID, ("reused_from", PG_UUID()))
@@ -202,8 +213,16 @@ _TAKE_OVERDUE = call(
     "take_overdue_v1", ("queues", ARRAY(Text())), ("resend_ms", Integer()), ("limit", Integer()), rows=True
 )
 _SWEEP = call(
-    "sweep_v1", ("lease_ms", Integer()), ("grace_ms", Integer()), ("resend_ms", Integer()), ("limit", Integer())
+    "sweep_v1",
+    ("lease_ms", Integer()),
+    ("grace_ms", Integer()),
+    ("resend_ms", Integer()),
+    ("limit", Integer()),
+    ("worker", BigInteger()),
+    ("living", ARRAY(Integer())),
+    ("dead", ARRAY(Integer())),
 )
+_HAND_OVER = call("hand_over_v1", ("worker", BigInteger()), ("limit", Integer()))
 
 _PUBLISH = text("""
     insert into stepfast.pipelines (hash, name, version, definition, published_at)
@@ -333,6 +352,7 @@ class Store:
             key_parts=list(bid.agent.key_parts),
             key_inputs=[list(path) for path in bid.agent.key_inputs],
             wait_ms=bid.wait_ms,
+            alone=bid.alone,
         )
         return Claim(**answer)
 
@@ -417,10 +437,25 @@ class Store:
         """Marks as sent again what is overdue in these empty queues, or overtaken in others; the caller sends it."""
         return _unsent(self._all(_TAKE_OVERDUE, queues=list(queues), resend_ms=resend_ms, limit=limit))
 
-    def sweep(self, *, lease_ms: int, grace_ms: int, resend_ms: int, limit: int) -> Swept:
+    def sweep(
+        self, *, lease_ms: int, grace_ms: int, resend_ms: int, limit: int, family: "Family | None" = None
+    ) -> Swept:
         """Releases due retries, takes steps away from workers that are gone, and says what must be sent."""
-        answer = self._one(_SWEEP, lease_ms=lease_ms, grace_ms=grace_ms, resend_ms=resend_ms, limit=limit)
+        answer = self._one(
+            _SWEEP,
+            lease_ms=lease_ms,
+            grace_ms=grace_ms,
+            resend_ms=resend_ms,
+            limit=limit,
+            worker=family.worker_id if family else None,
+            living=list(family.living) if family else [],
+            dead=list(family.dead) if family else [],
+        )
         return Swept(**answer | {name: tuple(answer[name]) for name in ("lost", "rescued", "overdue")})
+
+    def hand_over(self, worker_id: int, limit: int) -> int:
+        """Gives up to `limit` repeatable attempts of a worker and its children away. Returns how many are left."""
+        return int(self._one(_HAND_OVER, worker=worker_id, limit=limit))
 
     # Dead letters.
 

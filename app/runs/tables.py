@@ -212,6 +212,9 @@ workers = _table(
     _int("code_version"),
     _time("started_at"),
     _time("lease_until"),
+    Column("parent_id", BigInteger),
+    _bool("has_session"),
     _time("suspect_since", null=True),
     _time("ended_at", null=True),
 )
+awake = _table("awake", _bool("only_row", key=True), _time("since"))

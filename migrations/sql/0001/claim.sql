@@ -4,11 +4,13 @@
 --   reuse         likewise, with output and reused_from: the key was completed by another run; complete with that
 --   bad_key       likewise, with problem: the key cannot be rendered, or belongs to other inputs; fail the attempt
 --   deferred      nothing was claimed: another run holds the key; the step is retried later
+--   alone         nothing was claimed: workers died under it, so it may run only where it has no neighbours (p_alone)
 --   stale         nothing was claimed: state and run_state say why
 -- Called again by the same attempt (its reply was lost), it answers the same.
 create function stepfast.claim_v1(
     p_run uuid, p_agent text, p_item text, p_pipeline_hash text, p_attempt uuid, p_worker bigint,
-    p_timeout_ms integer, p_repeatable boolean, p_code_hash text, p_reads text[], p_key_parts jsonb, p_key_inputs jsonb, p_wait_ms integer
+    p_timeout_ms integer, p_repeatable boolean, p_code_hash text, p_reads text[], p_key_parts jsonb, p_key_inputs jsonb, p_wait_ms integer,
+    p_alone boolean
 ) returns jsonb language plpgsql volatile as $$
 declare
     v_now timestamptz;
@@ -36,6 +38,10 @@ begin
     -- A worker that was taken for dead would lose the step again at once: it must register anew first.
     if exists (select from stepfast.workers where id = p_worker and ended_at is not null) then
         return jsonb_build_object('outcome', 'stale', 'state', 'worker_ended', 'run_state', r.state);
+    end if;
+    -- One loss may be anybody's fault. At the second it is taken for the cause, and must not take its neighbours along.
+    if s.worker_losses >= 2 and not p_alone then
+        return jsonb_build_object('outcome', 'alone', 'state', s.state, 'run_state', r.state);
     end if;
 
     select coalesce(jsonb_object_agg(u.agent, a.output), '{}'),

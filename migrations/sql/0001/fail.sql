@@ -65,8 +65,9 @@ end $$;
 
 -- Takes an executing step away from an attempt whose worker is gone. A repeatable one goes on elsewhere at once, up to its
 -- limit of worker losses; of any other the outcome is unknown, for a person. Returns why, or null where nothing was done.
--- Whoever holds the run's lock is changing the run: then this leaves it to the next sweep.
-create function stepfast.rescue_step(p_run uuid, p_attempt uuid, p_reason text) returns text
+-- p_counts: it is a loss, and not a worker's orderly end. Whoever holds the run's lock is changing the run: then this leaves
+-- it to the next sweep.
+create function stepfast.rescue_step(p_run uuid, p_attempt uuid, p_reason text, p_counts boolean) returns text
 language plpgsql volatile as $$
 declare
     v_now timestamptz;
@@ -87,14 +88,15 @@ begin
     if s.run_id is null then
         return null;
     end if;
-    v_error := stepfast.take_back(r, s, jsonb_build_object('code', 'worker_lost', 'who', 'retry', 'next_step', '',
+    v_error := stepfast.take_back(r, s, jsonb_build_object('code', case when p_counts then 'worker_lost' else 'handed_over' end, 'who', 'retry', 'next_step', '',
         'details', jsonb_build_object('worker', a.worker_id),
         'message', format('The worker that executed %s %s.', s.agent, p_reason)), v_now);
     v_seq := r.event_seq + 1;
     insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)
     values (p_run, v_seq, 'step.rescued', v_now, s.agent, s.item, s.generation, p_attempt,
-            jsonb_build_object('worker', a.worker_id, 'reason', p_reason, 'worker_losses', s.worker_losses + 1));
-    update stepfast.steps set worker_losses = worker_losses + 1
+            jsonb_build_object('worker', a.worker_id, 'reason', p_reason,
+                               'worker_losses', s.worker_losses + p_counts::int));
+    update stepfast.steps set worker_losses = worker_losses + p_counts::int
     where run_id = p_run and agent = s.agent and item = s.item returning * into s;
     if v_error is null and s.worker_losses > s.max_worker_losses then
         v_error := jsonb_build_object('code', 'worker_lost', 'who', 'operator',

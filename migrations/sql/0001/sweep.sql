@@ -40,35 +40,49 @@ returns table (run_id uuid, pipeline_hash text, agent text, item text) language 
     returning s.run_id, r.pipeline_hash, s.agent, s.item
 $$;
 
--- Finds dead workers and takes their steps away. A free advisory lock makes a worker suspect, and so does a lease that ran
--- out; a heartbeat clears it. It is dead when the suspicion has stood for the grace, or for a lease that ran out as long as a
--- live worker needs for its next beat, too: after Postgres itself was frozen every lease is old. For one lease after Postgres
--- started nobody is dead: every lock is free then. `judge_ms`: how soon the oldest suspicion is to be looked at again.
-create function stepfast.rescue_steps(
-    p_lease_ms integer, p_grace_ms integer, p_limit integer, out lost bigint[], out rescued jsonb, out judge_ms integer
-) language plpgsql volatile as $$
+-- What a worker says of the processes that it started: those that ended are dead at once; those that live keep their lease,
+-- also where a call into C holds their interpreter for longer. Returns the dead.
+create function stepfast.vouch(p_worker bigint, p_living integer[], p_dead integer[], p_lease_ms integer) returns bigint[]
+language plpgsql volatile as $$
+declare
+    v_now timestamptz := stepfast.now();
+    v_lost bigint[];
+begin
+    update stepfast.workers
+    set lease_until = v_now + p_lease_ms * interval '1 ms', suspect_since = null
+    where parent_id = p_worker and pid = any (p_living) and ended_at is null
+      and (suspect_since is not null or lease_until < v_now + p_lease_ms / 2 * interval '1 ms');
+    with lost as (
+        update stepfast.workers set ended_at = v_now
+        where parent_id = p_worker and pid = any (p_dead) and ended_at is null returning id)
+    select coalesce(array_agg(id), '{}') into v_lost from lost;
+    return v_lost;
+end $$;
+
+-- Finds dead workers. A free advisory lock makes a worker suspect, and so does a lease that ran out; a heartbeat clears it. It
+-- is dead when the suspicion has stood for the grace; and for a lease that ran out as long as a live worker needs for its next
+-- beat, too: after Postgres itself was frozen every lease is old. Likewise for the child of a worker that lives: its parent
+-- sees its death sooner, and may have to vouch for it. `judge_ms`: how soon the oldest suspicion is to be looked at again.
+create function stepfast.bury_workers(p_lease_ms integer, p_grace_ms integer, out lost bigint[], out judge_ms integer)
+language plpgsql volatile as $$
 declare
     v_now timestamptz := stepfast.now();
     v_grace interval := p_grace_ms * interval '1 ms';
     v_beat interval := p_lease_ms / 3 * interval '1 ms';
     v_free boolean;
+    v_vouched boolean;
     v_due timestamptz;
-    v_code text;
     w record;
-    a record;
 begin
     lost := '{}';
-    rescued := '[]';
-    -- One sweeper looks at a time: the lock that it takes to look would seem a live worker's to another.
-    if clock_timestamp() - pg_postmaster_start_time() < p_lease_ms * interval '1 ms'
-       or not pg_try_advisory_xact_lock(7083, 0) then
-        return;
-    end if;
-
-    for w in select id, suspect_since, lease_until from stepfast.workers where ended_at is null limit 1000 loop
-        v_free := pg_try_advisory_xact_lock(7083, w.id::int);
+    for w in select c.id, c.suspect_since, c.lease_until, c.has_session, p.id as parent, p.has_session as parent_has_session
+             from stepfast.workers c left join stepfast.workers p on p.id = c.parent_id and p.ended_at is null
+             where c.ended_at is null limit 1000 loop
+        v_free := w.has_session and pg_try_advisory_xact_lock(7083, w.id::int);
         continue when not v_free and w.lease_until >= v_now;
-        v_due := coalesce(w.suspect_since, v_now) + v_grace + case when v_free then interval '0' else v_beat end;
+        v_vouched := coalesce(w.parent_has_session and not pg_try_advisory_xact_lock(7083, w.parent::int), false);
+        v_due := coalesce(w.suspect_since, v_now) + v_grace
+                 + case when v_free and not v_vouched then interval '0' else v_beat end;
         if w.suspect_since is not null and v_due < v_now then
             -- A heartbeat in between has moved the lease: then it lives.
             update stepfast.workers set ended_at = v_now
@@ -83,7 +97,29 @@ begin
             update stepfast.workers set suspect_since = v_now where id = w.id and ended_at is null;
         end if;
     end loop;
+end $$;
 
+-- Whether every lock may be free and every lease old because Postgres started, crashed or changed its place less than a lease
+-- ago. Then nobody is dead: to wait is better than to pay twice.
+create function stepfast.is_truce(p_lease_ms integer) returns boolean language plpgsql volatile as $$
+declare
+    v_since timestamptz := (select since from stepfast.awake);
+begin
+    if v_since is null then
+        insert into stepfast.awake (since) values (clock_timestamp()) on conflict do nothing;
+        return true;
+    end if;
+    return clock_timestamp() - greatest(v_since, pg_postmaster_start_time()) < p_lease_ms * interval '1 ms';
+end $$;
+
+-- Takes steps away from workers that are dead, and from attempts that overstayed their time.
+create function stepfast.rescue_steps(p_grace interval, p_limit integer) returns jsonb language plpgsql volatile as $$
+declare
+    v_now timestamptz := stepfast.now();
+    v_rescued jsonb := '[]';
+    v_code text;
+    a record;
+begin
     -- An attempt past its deadline is given time for a commit that waited for Postgres, from when this is first seen.
     update stepfast.attempts set overstayed_at = v_now
     where state = 'executing' and deadline_at < v_now and overstayed_at is null;
@@ -93,14 +129,34 @@ begin
              where t.state = 'executing' and x.ended_at is not null
              union all
              select t.run_id, t.id, t.agent, 'overstayed its time' from stepfast.attempts t
-             where t.state = 'executing' and t.deadline_at < v_now and t.overstayed_at < v_now - v_grace - v_beat
+             where t.state = 'executing' and t.deadline_at < v_now and t.overstayed_at < v_now - p_grace
              limit p_limit loop
-        v_code := stepfast.rescue_step(a.run_id, a.id, a.reason);
+        v_code := stepfast.rescue_step(a.run_id, a.id, a.reason, true);
         if v_code is not null then
-            rescued := rescued || jsonb_build_object('run_id', a.run_id, 'agent', a.agent, 'attempt_id', a.id,
-                                                     'code', v_code, 'reason', a.reason);
+            v_rescued := v_rescued || jsonb_build_object('run_id', a.run_id, 'agent', a.agent, 'attempt_id', a.id,
+                                                         'code', v_code, 'reason', a.reason);
         end if;
     end loop;
+    return v_rescued;
+end $$;
+
+-- A worker that stops gives away what it executes, and its children too: what may be repeated goes on elsewhere at once, and
+-- counts as no loss. What may not is left to finish. Ends the rows of those that execute nothing any more. Returns how many
+-- attempts are left; up to p_limit are given away by one call.
+create function stepfast.hand_over_v1(p_worker bigint, p_limit integer) returns integer language plpgsql volatile as $$
+declare
+    a record;
+begin
+    for a in select t.run_id, t.id from stepfast.attempts t join stepfast.workers w on w.id = t.worker_id
+             where t.state = 'executing' and t.repeatable and p_worker in (w.id, w.parent_id)
+             order by t.run_id limit p_limit loop
+        perform stepfast.rescue_step(a.run_id, a.id, 'stopped', false);
+    end loop;
+    update stepfast.workers w set ended_at = stepfast.now()
+    where p_worker in (id, parent_id) and ended_at is null
+      and not exists (select from stepfast.attempts where worker_id = w.id and state = 'executing');
+    return (select count(*) from stepfast.attempts t join stepfast.workers w on w.id = t.worker_id
+            where t.state = 'executing' and p_worker in (w.id, w.parent_id));
 end $$;
 
 -- Ends what waited too long for a person, and runs whose deadline has passed. Returns how many steps it ended.
@@ -150,31 +206,47 @@ begin
     return v_count;
 end $$;
 
--- The whole sweep, one statement for an idle worker. Returns {"due": retries released, "lost": [worker ids], "rescued": [{"run_id",
--- "agent", "attempt_id", "code", "reason"}], "judge_ms": how soon to sweep again because a worker is suspect, or null, "unsent":
+-- The whole sweep, one statement for an idle worker. p_worker vouches for its children: p_living and p_dead are their pids.
+-- Returns {"due": retries released, "expired": steps ended, "lost": [worker ids], "rescued": [{"run_id", "agent",
+-- "attempt_id", "code", "reason"}], "judge_ms": how soon to sweep again because a worker is suspect, or null, "unsent":
 -- whether take_unsent_v1 would find any, "unpublished": whether a dead letter waits to be sent, "overdue": the queues of steps
--- whose message was sent a while ago and not claimed: lost, or waiting behind others}.
--- That while doubles with every send, up to 64 times, so that a backlog is not doubled by resending.
-create function stepfast.sweep_v1(p_lease_ms integer, p_grace_ms integer, p_resend_ms integer, p_limit integer) returns jsonb
-language plpgsql volatile as $$
+-- whose message was sent a while ago and not claimed: lost, or waiting behind others}. That while doubles with every send, up
+-- to 64 times, so that a backlog is not doubled by resending.
+create function stepfast.sweep_v1(
+    p_lease_ms integer, p_grace_ms integer, p_resend_ms integer, p_limit integer,
+    p_worker bigint default null, p_living integer[] default '{}', p_dead integer[] default '{}'
+) returns jsonb language plpgsql volatile as $$
 declare
     v_now timestamptz := stepfast.now();
     v_due integer;
-    v_rescue record;
+    v_lost bigint[] := '{}';
+    v_rescued jsonb := '[]';
     v_expired integer := 0;
+    v_found record;
+    v_judge_ms integer;
     v_overdue jsonb;
 begin
-    -- One sweeper at a time ends runs: several that each end many could wait for each other.
+    if p_worker is not null then
+        v_lost := stepfast.vouch(p_worker, p_living, p_dead, p_lease_ms);
+    end if;
+    -- One sweeper at a time: several that each end many runs could wait for each other, and the lock that one takes to look
+    -- at a worker's would seem a live worker's to another.
     if pg_try_advisory_xact_lock(7083, 0) then
         v_expired := stepfast.expire_steps(p_limit);
+        if not stepfast.is_truce(p_lease_ms) then
+            select * into v_found from stepfast.bury_workers(p_lease_ms, p_grace_ms);
+            v_lost := v_lost || v_found.lost;
+            v_judge_ms := v_found.judge_ms;
+            v_rescued := stepfast.rescue_steps((p_grace_ms + p_lease_ms / 3) * interval '1 ms', p_limit);
+        end if;
     end if;
+    -- Last: it locks steps without their runs, and whoever holds such a step must not wait for anything.
     update stepfast.steps s set state = 'available', scheduled_at = null, sent_at = null, sends = 0
     from (select run_id, agent, item from stepfast.steps
           where state = 'retryable' and scheduled_at <= v_now
           order by scheduled_at limit p_limit for update skip locked) d
     where s.run_id = d.run_id and s.agent = d.agent and s.item = d.item;
     get diagnostics v_due = row_count;
-    select * into v_rescue from stepfast.rescue_steps(p_lease_ms, p_grace_ms, p_limit);
     -- The queues one by one, each by its first overdue step: a long backlog costs no more to look at than a short one.
     with recursive q as (
         (select queue from stepfast.steps where state = 'available' and sent_at is not null order by queue limit 1)
@@ -186,7 +258,7 @@ begin
                   and s.sent_at < v_now - p_resend_ms * interval '1 ms'
                   and s.sent_at < v_now - p_resend_ms * power(2, least(s.sends - 1, 6)) * interval '1 ms');
     return jsonb_build_object(
-        'due', v_due, 'expired', v_expired, 'lost', v_rescue.lost, 'rescued', v_rescue.rescued, 'judge_ms', v_rescue.judge_ms,
+        'due', v_due, 'expired', v_expired, 'lost', v_lost, 'rescued', v_rescued, 'judge_ms', v_judge_ms,
         'unsent', exists (select from stepfast.steps where state = 'available' and sent_at is null),
         'unpublished', exists (select from stepfast.dead_letters where published_at is null),
         'overdue', v_overdue);

@@ -219,7 +219,7 @@ create table stepfast.events (
 );
 
 -- One row a process that executes steps. It holds the advisory lock (7083, id) on a session of its own, so that its death is
--- seen at once; the lease is for what no socket reports.
+-- seen at once; the lease is for what no socket reports. Behind a pooler no session is its own: then the lease alone counts.
 create table stepfast.workers (
     id bigint generated always as identity primary key,
     host text not null,
@@ -227,7 +227,18 @@ create table stepfast.workers (
     code_version integer not null,
     started_at timestamptz not null,
     lease_until timestamptz not null,
+    parent_id bigint,                   -- the worker that started it, sees its death, and vouches for it while it lives
+    has_session boolean not null default true,
     suspect_since timestamptz,          -- its lock was first seen free, or its lease past, then
     ended_at timestamptz
 ) with (fillfactor = 50);
 create index workers_alive on stepfast.workers (id) where ended_at is null;
+create index workers_children on stepfast.workers (parent_id) where ended_at is null and parent_id is not null;
+
+-- Since when this Postgres knows who is alive. Unlogged: a crash empties it, and so does the promotion of a standby, which
+-- knows of no lock that workers held on the server before it.
+create unlogged table stepfast.awake (
+    only_row boolean primary key default true check (only_row),
+    since timestamptz not null
+);
+insert into stepfast.awake (since) values (clock_timestamp());
