@@ -35,14 +35,14 @@ def require_safe_address() -> None:
     """
     if not options.address:
         options.address = LOOPBACK
-    if options.unix_socket or options.basic_auth or options.auth or _is_loopback(options.address):
+    if options.unix_socket or options.basic_auth or options.auth or is_loopback(options.address):
         return
     sys.exit(
         f"Flower would listen on {options.address} without a login: set --basic_auth or --auth, or drop --address."
     )
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     try:
         return address == "localhost" or ipaddress.ip_address(address).is_loopback
     except ValueError:
