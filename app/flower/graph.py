@@ -9,10 +9,8 @@ from dataclasses import dataclass
 NODE_WIDTH_PX, NODE_HEIGHT_PX = 168, 50
 ROW_PX = NODE_HEIGHT_PX + 34
 GAP_PX = 72
-MARGIN_PX = 16
-GATE_WIDTH_PX = 7.0  # of a character of its text, at most
-GATE_MAX_CHARS = 40
-DIAMOND_PX = 18  # from the node, on the edges that come in
+MARGIN_PX = 32
+DIAMOND_PX = 18  # a gate's, from the node, where the edges come in
 
 # What stands in a cell: an agent, or, by its first agent, an edge on its way through a column.
 _Cell = tuple[str, bool]
@@ -44,34 +42,30 @@ class Edge:
 class Graph:
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
-    width: float
-    height: float
+    width: int
+    height: int
 
 
-def layout(depends_on: Mapping[str, Sequence[str]], gates: Mapping[str, str]) -> Graph:
-    """The picture of agents, dependencies first, each with those that it depends on; `gates` take room beside them."""
+def layout(depends_on: Mapping[str, Sequence[str]]) -> Graph:
+    """The picture of agents, dependencies first, each with those that it depends on."""
     depths: dict[str, int] = {}
     for agent, others in depends_on.items():
         depths[agent] = 1 + max((depths[other] for other in others), default=-1)
     columns = _columns(depends_on, depths)
     height = max(map(len, columns)) * ROW_PX
     places: dict[tuple[_Cell, int], tuple[float, float]] = {}
-    x = float(MARGIN_PX)
     for depth, column in enumerate(columns):
-        widest = max((min(len(gates.get(name, "")), GATE_MAX_CHARS) for name, through in column if not through))
-        text = widest * GATE_WIDTH_PX + DIAMOND_PX if widest else 0.0
-        x += max(text, GAP_PX if depth else 0)
+        x = MARGIN_PX + depth * (NODE_WIDTH_PX + GAP_PX)
         top = (height - len(column) * ROW_PX) / 2
         for row, cell in enumerate(column):
             places[cell, depth] = (x, top + row * ROW_PX + (ROW_PX - NODE_HEIGHT_PX) / 2)
-        x += NODE_WIDTH_PX
     nodes = tuple(Node(agent, *places[(agent, False), depths[agent]]) for agent in depends_on)
     edges = tuple(
         Edge(other, agent, _path(_stops(other, agent, depths, places)))
         for agent, others in depends_on.items()
         for other in others
     )
-    return Graph(nodes, edges, x + MARGIN_PX, float(height))
+    return Graph(nodes, edges, len(columns) * (NODE_WIDTH_PX + GAP_PX) - GAP_PX + 2 * MARGIN_PX, height)
 
 
 def _columns(depends_on: Mapping[str, Sequence[str]], depths: Mapping[str, int]) -> list[list[_Cell]]:

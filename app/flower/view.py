@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from app.errors import AuthorMistake
-from app.flower.graph import DIAMOND_PX, GATE_MAX_CHARS, layout
+from app.flower.graph import DIAMOND_PX, layout
 from app.pipelines import expressions, templates
 from app.redaction import redact
 from app.runs.explain import explain
@@ -24,6 +24,8 @@ VALUE_MAX_LINES = 400
 LINE_MAX_CHARS = 2_000
 TEXT_MAX_CHARS = 1_000
 SHORT_TEXT_MAX_CHARS = 200
+PREVIEW_MAX_CHARS = 90
+GATE_MAX_CHARS = 32  # the width of a node and of the gap beside it
 TIMELINE_MAX_ROWS = 300
 BAR_MIN_PERCENT = 0.6
 
@@ -111,7 +113,7 @@ def _calls(count: int) -> str:
 
 def _graph(run: "Json", gates: "dict[str, str]") -> "Json":
     steps = {step["agent"]: step for step in run["steps"]}
-    drawn = layout({name: step["depends_on"] for name, step in steps.items()}, gates)
+    drawn = layout({name: step["depends_on"] for name, step in steps.items()})
     nodes = [
         {
             "agent": node.agent,
@@ -133,6 +135,7 @@ def _graph(run: "Json", gates: "dict[str, str]") -> "Json":
             {
                 "x": node.x - DIAMOND_PX,
                 "y": node.middle,
+                "top": node.y - 9,
                 "text": cut(_plain(gates[node.agent]), GATE_MAX_CHARS),
                 "whole": text(_plain(gates[node.agent])),
                 "verdict": _verdict(steps[node.agent]["tries"][-1]) if steps[node.agent]["tries"] else "",
@@ -164,6 +167,7 @@ def _step(step: "Json", agent: "Agent") -> "Json":
     used = [entry["usage"] for entry in tries if entry["usage"]]
     costs = [entry["cost_usd"] for entry in tries if entry["cost_usd"] is not None]
     current = next((entry for entry in tries if entry["id"] == step["attempt_id"]), None)
+    output = value(current["output"]) if current and current["output"] is not None else []
     return {
         "agent": step["agent"],
         "state": step["state"],
@@ -173,7 +177,8 @@ def _step(step: "Json", agent: "Agent") -> "Json":
         "tokens_in": f"{sum(entry.get('input_tokens', 0) for entry in used):,}" if used else "-",
         "tokens_out": f"{sum(entry.get('output_tokens', 0) for entry in used):,}" if used else "-",
         "cost": dollars(sum(costs) if costs else None),
-        "output": value(current["output"]) if current and current["output"] is not None else [],
+        "output": output,
+        "preview": cut(" · ".join(line.strip() for line, _ in output[:3]), PREVIEW_MAX_CHARS),
         "feedback": value(redact(step["feedback"])) if step["feedback"] else [],
         "until": f"{moment(step['scheduled_at'])} UTC" if step["scheduled_at"] else "",
     }
@@ -190,8 +195,10 @@ def _request(approval: "Json") -> "Json":
 
 def _timeline(run: "Json", events: "Sequence[Json]", pipeline: "Pipeline", tries: "dict[str, Json]") -> "list[Json]":
     """A row an event, in their order; that of a claim, or of a person's output, shows the attempt."""
-    end = datetime.fromisoformat(run["ended_at"]) if run["ended_at"] else datetime.now(UTC)
+    # Up to now only while something executes: a day of waiting would make everything else a line.
+    executes = any(entry["ended_at"] is None for entry in tries.values())
     start = datetime.fromisoformat(run["created_at"])
+    end = datetime.now(UTC) if executes else datetime.fromisoformat(events[-1]["at"]) if events else start
     whole_s = max((end - start).total_seconds(), 0.001)
     rows = []
     for event in events:
