@@ -1,4 +1,4 @@
-"""Adds our pages to Flower: their addresses, their templates beside Flower's own, and their places in its menu.
+"""Adds our pages and metrics to Flower: their addresses, templates beside Flower's own, and places in its menu.
 
 Flower has no hook for pages. Its configuration is executed before it builds itself, so what is put into its tables
 here is as if it stood there (with url_prefix, too).
@@ -12,6 +12,7 @@ from tornado.template import Loader, Template
 from tornado.web import StaticFileHandler, url
 
 from app.flower.letters import LetterApi, LetterDiscard, LetterPage, LettersApi, LettersPage
+from app.flower.metrics import MetricsView, register
 from app.flower.runs import RunAction, RunApi, RunDecision, RunPage, RunsApi, RunsPage
 
 HERE = Path(__file__).parent
@@ -32,6 +33,7 @@ HANDLERS = [
     url(rf"/api/run/info/{_ID}", RunApi),
     url(r"/api/dead-letters", LettersApi),
     url(rf"/api/dead-letter/info/{_ID}", LetterApi),
+    url(r"/metrics", MetricsView),
     url(r"/stepfast/(.*)", StaticFileHandler, {"path": str(STATIC)}, name="stepfast_static"),
 ]
 
@@ -54,4 +56,5 @@ def install() -> None:
     content = b"".join(path.read_bytes() for path in sorted(STATIC.iterdir()))
     namespace = {"static_version": hashlib.sha256(content).hexdigest()[:12]}
     urls.handlers[0:0] = HANDLERS
+    register()
     urls.settings["template_loader"] = Templates(urls.settings["template_path"], namespace=namespace)
