@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID, uuid4
 
 import pytest
 from commanding import claim, complete, give_up
-from conftest import ROOT, fresh_database
+from conftest import ROOT, eventually, fresh_database
 from flowering import LOGIN, Visitor, flower
 from pipelines import agent, pipeline
 
@@ -266,6 +268,22 @@ def test_a_database_that_is_away_is_a_sentence(environ, shop):
         answer = Visitor(url).get("/runs")
         assert (answer.status, "Postgres cannot be used" in answer.text) == (503, True)
         assert Visitor(url).get("/workers").status == 200
+
+
+def test_a_slow_database_holds_up_nothing_else(environ, shop):
+    """While Postgres makes all wait, Flower's loop goes on, and who comes when many wait is told so at once."""
+    with flower(environ) as url, shop.store.engine.connect() as connection:
+        connection.execution_options(isolation_level="READ COMMITTED")
+        with connection.begin() as held, ThreadPoolExecutor(30) as pool:
+            connection.exec_driver_sql("lock table stepfast.runs in access exclusive mode")
+            asked = [pool.submit(Visitor(url).get, "/runs") for _ in range(30)]
+            eventually(lambda: sum(one.done() for one in asked) >= 10, within_s=4, what="those who are turned away")
+            assert Visitor(url).get("/healthcheck").status == 200
+            assert sum(one.done() for one in asked) == 10
+            held.rollback()
+            statuses = Counter(one.result().status for one in asked)
+    assert statuses[503] >= 10
+    assert statuses.keys() <= {200, 503}
 
 
 def test_a_graph_puts_dependencies_to_the_left_and_no_edge_behind_an_agent():
