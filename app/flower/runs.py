@@ -181,7 +181,11 @@ def _decision_plan(worker: "Worker", run_id: UUID, decision: str, agent: str) ->
         f"{'Approve' if approves else 'Reject'} {agent}?",
         button="Approve" if approves else "Reject",
         danger=not approves,
-        said=["It begins at once, with exactly what is shown here." if approves else said],
+        said=[
+            "It begins at once. The approval is bound to the digest: what changes meanwhile is asked anew."
+            if approves
+            else said
+        ],
         fields=[(name, one_line(given)) for name, given in fields.items()],
         values=[(title, view.value(given)) for title, given in values.items()],
         hidden={"digest": approval["digest"]},

@@ -196,8 +196,6 @@ def photograph(flower: str, run: str, folder: Path) -> None:
         page.screenshot(path=folder / "flower-run.png", full_page=True)
         page.goto(f"{flower}/dead-letters")
         page.screenshot(path=folder / "flower-dead-letters.png", clip={"x": 0, "y": 0, "width": 1280, "height": 420})
-        page.goto(f"{flower}/runs")
-        page.screenshot(path=folder / "flower-runs.png", clip={"x": 0, "y": 0, "width": 1280, "height": 520})
         browser.close()
 
 
