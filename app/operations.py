@@ -13,10 +13,12 @@ from app.events import Event
 from app.execution import canvas
 from app.pipelines.report import nearest
 from app.redaction import REDACTED, redact
+from app.runs.asked import redacted_feedback
 from app.runs.orders import Orders
 from app.runs.reads import Reads
 from app.runs.resume_plan import resume_plan
-from app.words import moment
+from app.runs.states import StepState
+from app.words import moment, short
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -200,12 +202,26 @@ def document(worker: "Worker", run_id: "UUID") -> "Json":
     return run
 
 
-def redacted_feedback(feedback: "Json | None", pipeline: "Pipeline") -> "Json | None":
-    """What a refused gate sent back, without what the schemas of the outputs that it read call sensitive."""
-    if feedback is None:
-        return None
-    read = {name: redact(output, pipeline.by_id[name].schema) for name, output in feedback["read"].items()}
-    return {**feedback, "read": read}
+def waiting(worker: "Worker", run_id: "UUID", agent: str) -> "tuple[Json, Pipeline, Json]":
+    """A run, its definition, and the open request of an agent. Raises UnknownName; NotPossible where none is open."""
+    found = Reads(worker.store.engine).run(run_id)
+    pipeline = worker.definition(found["pipeline_hash"])
+    known_agent(pipeline, agent)
+    of_agent = [entry for entry in found["approvals"] if entry["agent"] == agent]
+    step = next(step for step in found["steps"] if step["agent"] == agent)
+    if step["state"] == StepState.SUSPENDED and of_agent and of_agent[-1]["state"] == "requested":
+        return found, pipeline, of_agent[-1]
+    decided = [entry for entry in of_agent if entry["decided_by"]]
+    others = [other["agent"] for other in found["steps"] if other["state"] == StepState.SUSPENDED]
+    name = short(found["id"])
+    raise NotPossible(
+        f"{agent} waits for no decision: it is {step['state']}.{_decided(decided[-1]) if decided else ''}",
+        next_step=f"{others[0]} waits: stepfast approve {name} {others[0]}" if others else f"See: stepfast show {name}",
+    )
+
+
+def _decided(approval: "Json") -> str:
+    return f" It was {approval['state']} by {approval['decided_by']} at {moment(approval['decided_at'])} UTC."
 
 
 def known_agent(pipeline: "Pipeline", agent_id: str) -> "Agent":

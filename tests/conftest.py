@@ -81,17 +81,24 @@ def _template(servers):
     return _TEMPLATE
 
 
-@pytest.fixture
-def database_url(servers, _template):
-    """A database of the test's own, migrated."""
+@contextmanager
+def fresh_database(servers, template: str) -> Iterator[str]:
+    """A migrated database of one's own."""
     import psycopg
 
     name = f"test_{os.getpid()}_{next(_numbers)}"
     with psycopg.connect(_plain(servers.database_url), autocommit=True) as connection:
-        connection.execute(f"create database {name} template {_template}")
+        connection.execute(f"create database {name} template {template}")
     yield _named(servers.database_url, name)
     with psycopg.connect(_plain(servers.database_url), autocommit=True) as connection:
         connection.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def database_url(servers, _template):
+    """A database of the test's own, migrated."""
+    with fresh_database(servers, _template) as url:
+        yield url
 
 
 @pytest.fixture

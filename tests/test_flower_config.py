@@ -116,16 +116,20 @@ def test_flower_listens_on_this_machine_only_and_writes_our_lines(start):
         (["--address=0.0.0.0"], {}),
         (["--address=::", "--auth_provider=flower.views.auth.GoogleAuth2LoginHandler"], {}),
         (["--address=flower.example"], {}),
-        ([], {"FLOWER_ADDRESS": "0.0.0.0"}),
+        ([], {"FLOWER_ADDRESS": "0.0.0.0", "FLOWER_UNAUTHENTICATED_API": "true"}),
+        (["--address=0.0.0.0", "--basic_auth="], {}),
+        ([], {"FLOWER_ADDRESS": "0.0.0.0", "FLOWER_BASIC_AUTH": "ann:secret,"}),
+        (["--basic_auth=ann:"], {}),
     ],
 )
 def test_flower_refuses_to_be_open_to_everyone(start, options, env):
-    """An address that others can reach needs a login: without one Flower ends with one sentence."""
+    """An address that others can reach needs a login, and an empty one is none: Flower ends with one sentence."""
     flower = start(*options, **env)
     output, _ = flower.communicate(timeout=60)
     assert flower.returncode == 1
     (sentence,) = output.splitlines()
-    assert sentence.startswith("Flower would listen on ")
+    assert re.match("Flower would listen on |Flower's --basic_auth holds", sentence)
+    assert "secret" not in sentence
 
 
 def test_an_empty_address_is_the_loopback(start):

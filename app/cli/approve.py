@@ -7,14 +7,10 @@ import click
 
 from app.cli import embedding, output, readable, system
 from app.errors import Misuse, NotPossible
-from app.redaction import redact
-from app.runs.states import StepState
 
 if TYPE_CHECKING:
     from app.execution.worker import Worker
     from app.pipelines.model import Json, Pipeline
-
-DIGEST_SHOWN_CHARS = 12
 
 
 @click.command()
@@ -32,7 +28,10 @@ def command(run: str, agent: str, reason: str | None, yes: bool, embedded: bool,
     if as_json and not yes:
         raise Misuse("--json asks nobody.", next_step="Read what waits without it, then add --yes.")
     worker = system.database_and_broker(embedded=embedded)
-    found, pipeline, approval = waiting(worker, run, agent)
+    from app import operations
+    from app.runs.reads import Reads
+
+    found, pipeline, approval = operations.waiting(worker, Reads(worker.store.engine).run_id(run), agent)
     if not as_json:
         unseen = _show(found, pipeline, agent, approval)
         if not yes:
@@ -51,30 +50,6 @@ def command(run: str, agent: str, reason: str | None, yes: bool, embedded: bool,
         print(f"{agent} is approved, and goes on.")
         follow = f"stepfast show {output.short(found['id'])} --follow"
         output.print_next(embedding.following(follow, embedded=embedded))
-
-
-def waiting(worker: "Worker", run: str, agent: str) -> "tuple[Json, Pipeline, Json]":
-    """A run, its definition, and the open request of an agent. Raises UnknownName; NotPossible where none is open."""
-    from app.runs.reads import Reads
-
-    reads = Reads(worker.store.engine)
-    found = reads.run(reads.run_id(run))
-    pipeline = worker.definition(found["pipeline_hash"])
-    from app import operations
-
-    operations.known_agent(pipeline, agent)
-    of_agent = [entry for entry in found["approvals"] if entry["agent"] == agent]
-    step = next(step for step in found["steps"] if step["agent"] == agent)
-    if step["state"] == StepState.SUSPENDED and of_agent and of_agent[-1]["state"] == "requested":
-        return found, pipeline, of_agent[-1]
-    decided = [entry for entry in of_agent if entry["decided_by"]]
-    known = _decided(decided[-1]) if decided else ""
-    others = [other["agent"] for other in found["steps"] if other["state"] == StepState.SUSPENDED]
-    name = output.short(found["id"])
-    raise NotPossible(
-        f"{agent} waits for no decision: it is {step['state']}.{known}",
-        next_step=f"{others[0]} waits: stepfast approve {name} {others[0]}" if others else f"See: stepfast show {name}",
-    )
 
 
 def decide(
@@ -99,41 +74,12 @@ def decide(
     return decision
 
 
-def _decided(approval: "Json") -> str:
-    return f" It was {approval['state']} by {approval['decided_by']} at {output.moment(approval['decided_at'])} UTC."
-
-
 def _show(run: "Json", pipeline: "Pipeline", agent_id: str, approval: "Json") -> int:
     """What will be done, as it was when it was asked for. Returns how many lines were left out."""
-    from app import operations
+    from app.runs.asked import asked
 
-    agent = pipeline.by_id[agent_id]
-    step = next(step for step in run["steps"] if step["agent"] == agent_id)
-    asking = next(entry for entry in step["tries"] if entry["id"] == approval["attempt_id"])
-    expires = approval["expires_at"]
-    fields = {
-        "agent": f"{agent_id} of {pipeline.name} {pipeline.version}, run {output.short(run['id'])}",
-        "does": f"asks {agent.model}" if agent.model else f"calls {agent.handler}",
-        "code": (asking["code_hash"] or "")[:DIGEST_SHOWN_CHARS],
-        "gate": f"{agent.gate}, which held" if agent.gate else "",
-        "reads": ", ".join(["input", *asking["reads"]]),
-        "digest": approval["digest"][:DIGEST_SHOWN_CHARS],
-        "requested": f"{output.moment(approval['requested_at'])} UTC",
-        "expires": f"{output.moment(expires)} UTC" if expires else "never",
-    }
-    output.print_fields({name: value for name, value in fields.items() if value})
-    unseen = readable.print_value("input", _redacted(run["input"], pipeline.input_schema))
-    by_id = {entry["id"]: entry for other in run["steps"] for entry in other["tries"]}
-    for name, read in asking["reads"].items():
-        shown = _redacted(by_id[read["attempt"]]["output"], pipeline.by_id[name].schema)
-        unseen += readable.print_value(f"output of {name}", shown)
-    if step["feedback"]:
-        unseen += readable.print_value("sent back with", operations.redacted_feedback(step["feedback"], pipeline) or {})
+    fields, values = asked(run, pipeline, agent_id, approval)
+    output.print_fields(fields)
+    unseen = sum(readable.print_value(title, value) for title, value in values.items())
     print()
     return unseen
-
-
-def _redacted(value: "Json", schema: "Json | None") -> "Json":
-    shown = redact(value, schema)
-    assert isinstance(shown, dict)
-    return shown

@@ -18,7 +18,10 @@ def command(run: str, agent: str, reason: str, embedded: bool, as_json: bool) ->
     The agent is cancelled, and its failure_mode says what becomes of the run. It leaves no dead letter.
     """
     worker = system.database_and_broker(embedded=embedded)
-    found, _, approval = approve.waiting(worker, run, agent)
+    from app import operations
+    from app.runs.reads import Reads
+
+    found, _, approval = operations.waiting(worker, Reads(worker.store.engine).run_id(run), agent)
     approve.decide(worker, found["id"], approval, approved=False, reason=reason, as_json=as_json)
     if not as_json:
         print(f"{agent} is rejected.")

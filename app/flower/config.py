@@ -3,8 +3,10 @@
 Names here that are names of Flower's options set them.
 """
 
+from app.flower import site
 from app.flower.setup import format_task, prepare
 
 __all__ = ["format_task"]
 
 prepare()
+site.install()

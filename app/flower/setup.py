@@ -31,18 +31,21 @@ def require_safe_address() -> None:
     """Binds to the loopback unless told otherwise; ends the process where anybody could reach Flower without a login.
 
     Flower listens on every interface by default, to everyone. `auth_provider` alone protects nothing: Flower asks for
-    a login only where `auth` (who may enter) or `basic_auth` is set.
+    a login only where `auth` (who may enter) or `basic_auth` is set; an empty `basic_auth`, as an unset variable makes
+    it, lets in whoever sends an empty one.
     """
     if not options.address:
         options.address = LOOPBACK
-    if options.unix_socket or options.basic_auth or options.auth or _is_loopback(options.address):
+    if not all(name and password for name, _, password in (login.partition(":") for login in options.basic_auth or ())):
+        sys.exit("Flower's --basic_auth holds a login without a name or without a password: write name:password.")
+    if options.unix_socket or options.basic_auth or options.auth or is_loopback(options.address):
         return
     sys.exit(
         f"Flower would listen on {options.address} without a login: set --basic_auth or --auth, or drop --address."
     )
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     try:
         return address == "localhost" or ipaddress.ip_address(address).is_loopback
     except ValueError:

@@ -6,6 +6,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Double,
     Integer,
     Interval,
     MetaData,
@@ -203,6 +204,15 @@ events = _table(
     Column("generation", Integer),
     _uuid("attempt_id", null=True),
     _json("data"),
+)
+metric_position = _table("metric_position", _bool("only_row", key=True), _time("counted_until"))
+metric_totals = _table(
+    "metric_totals",
+    _text("metric", key=True),
+    _text("pipeline", key=True),
+    _text("agent", key=True),
+    _text("label", key=True),
+    Column("total", Double, nullable=False),
 )
 workers = _table(
     "workers",

@@ -218,6 +218,24 @@ create table stepfast.events (
     primary key (run_id, seq)
 );
 
+-- What happened in a while is found without reading what happened before. BRIN costs an insert next to nothing.
+create index events_at on stepfast.events using brin (at) with (autosummarize = on);
+
+-- Counts of events up to `counted_until`, for metrics: they outlive the runs they were counted of.
+create table stepfast.metric_position (
+    only_row boolean primary key default true check (only_row),
+    counted_until timestamptz not null
+);
+insert into stepfast.metric_position (counted_until) values (clock_timestamp());
+create table stepfast.metric_totals (
+    metric text not null,
+    pipeline text not null,
+    agent text not null,
+    label text not null,                -- a state, a code, a model
+    total double precision not null,
+    primary key (metric, pipeline, agent, label)
+);
+
 -- One row a process that executes steps. It holds the advisory lock (7083, id) on a session of its own, so that its death is
 -- seen at once; the lease is for what no socket reports. Behind a pooler no session is its own: then the lease alone counts.
 create table stepfast.workers (
