@@ -28,6 +28,7 @@ def rescue(found: Found, system: System, *, kills: int, freezes: int, seed: int)
         with spinning(spinners):
             times, seen = [], []
             for number in range(kills):
+                _warm_up(system, f"warm-{load}-{number}")
                 step = _Step.begin(system, f"{load}-{number}")
                 victim = next(worker for worker in workers if step.pid in worker.pids())
                 times.append(step.moved(lambda w=victim: w.signal(signal.SIGKILL), chance))  # type: ignore[misc]
@@ -52,6 +53,12 @@ def rescue(found: Found, system: System, *, kills: int, freezes: int, seed: int)
     lost = system.value("select count(*) from stepfast.attempts where state = 'lost'")
     found.count("steps taken from live workers", lost - 2 * kills - 2 * freezes)
     check_rules(found, system)
+
+
+def _warm_up(system: System, name: str) -> None:
+    """Has workers that were just started execute something: the first step of a process connects it."""
+    runs = [system.start_run("held", {"hold_s": 0.2}, f"{name}-{number}") for number in range(8)]
+    eventually(lambda: all(system.ended(run) for run in runs), within_s=REACHED_S, what="the first steps")
 
 
 def _alone_then_moved(
