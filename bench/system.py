@@ -17,7 +17,7 @@ from uuid import UUID
 
 ROOT = Path(__file__).resolve().parent.parent
 SKILLS = Path(__file__).resolve().parent / "skills"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 from sqlalchemy import text  # noqa: E402  # after the path
 
@@ -25,6 +25,7 @@ from app import embedded, operations, settings  # noqa: E402
 from app.execution import worker as our_worker  # noqa: E402
 from app.execution.persistence import through_outage  # noqa: E402
 from app.pipelines import loader  # noqa: E402
+from app.rabbitmq import RabbitMQ  # noqa: E402
 from app.runs.database import migrate  # noqa: E402
 
 T = TypeVar("T")
@@ -237,7 +238,8 @@ def system(home: Path, broker: str, say: Callable[[str], None]) -> Iterator[Syst
         found = servers.enter_context(embedded.servers(home, on_progress=say))
         broker_url = found.broker_url
         if broker == "rabbitmq":
-            broker_url = servers.enter_context(_rabbitmq(home, say))
+            say("Starting RabbitMQ.")
+            broker_url = servers.enter_context(RabbitMQ(home / "rabbitmq")).url()
         migrate(found.database_url)
         simulator = servers.enter_context(_simulator(home))
         environ = {
@@ -280,19 +282,6 @@ def _client(given: dict[str, str]) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
         settings.load.cache_clear()
-
-
-@contextmanager
-def _rabbitmq(home: Path, say: Callable[[str], None]) -> Iterator[str]:
-    import rabbitmq
-
-    if not rabbitmq.installed():
-        raise TookTooLong(rabbitmq.MISSING)
-    say("Starting RabbitMQ.")
-    folder = home / "rabbitmq"
-    folder.mkdir()
-    with rabbitmq.running(folder) as url:
-        yield url
 
 
 @contextmanager
