@@ -82,13 +82,19 @@ def _template(servers):
 
 
 @pytest.fixture
-def database_url(servers, _template):
+def database_template(_template):
+    """What each test's database is a copy of; tests of a host add its tables."""
+    return _template
+
+
+@pytest.fixture
+def database_url(servers, database_template):
     """A database of the test's own, migrated."""
     import psycopg
 
     name = f"test_{os.getpid()}_{next(_numbers)}"
     with psycopg.connect(_plain(servers.database_url), autocommit=True) as connection:
-        connection.execute(f"create database {name} template {_template}")
+        connection.execute(f"create database {name} template {database_template}")
     yield _named(servers.database_url, name)
     with psycopg.connect(_plain(servers.database_url), autocommit=True) as connection:
         connection.execute(f"drop database {name} with (force)")

@@ -7,6 +7,7 @@ import click
 
 from app.cli import embedding, output, readable, system
 from app.errors import Misuse, NotPossible
+from app.pipelines.feedback import redacted_feedback
 from app.redaction import redact
 from app.runs.states import StepState
 
@@ -105,8 +106,6 @@ def _decided(approval: "Json") -> str:
 
 def _show(run: "Json", pipeline: "Pipeline", agent_id: str, approval: "Json") -> int:
     """What will be done, as it was when it was asked for. Returns how many lines were left out."""
-    from app import operations
-
     agent = pipeline.by_id[agent_id]
     step = next(step for step in run["steps"] if step["agent"] == agent_id)
     asking = next(entry for entry in step["tries"] if entry["id"] == approval["attempt_id"])
@@ -128,7 +127,7 @@ def _show(run: "Json", pipeline: "Pipeline", agent_id: str, approval: "Json") ->
         shown = _redacted(by_id[read["attempt"]]["output"], pipeline.by_id[name].schema)
         unseen += readable.print_value(f"output of {name}", shown)
     if step["feedback"]:
-        unseen += readable.print_value("sent back with", operations.redacted_feedback(step["feedback"], pipeline) or {})
+        unseen += readable.print_value("sent back with", redacted_feedback(step["feedback"], pipeline) or {})
     print()
     return unseen
 
