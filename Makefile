@@ -20,6 +20,14 @@ setup: $(VENV)/demo.stamp ## Make .venv, with what the demo needs (PYTHON=... ch
 demo: $(VENV)/demo.stamp ## Run the bundled pipeline on a small repository (LIVE=1: on Claude, with your key)
 	@$(BIN)/stepfast demo $(if $(filter 1,$(LIVE)),--live)
 
+.PHONY: shop
+shop: $(VENV)/dev.stamp ## Start examples/django_shop with everything it needs, until Ctrl-C
+	@$(BIN)/python examples/start.py django_shop
+
+.PHONY: desk
+desk: $(VENV)/dev.stamp ## Start examples/flask_desk with everything it needs, until Ctrl-C
+	@$(BIN)/python examples/start.py flask_desk
+
 .PHONY: test
 test: $(VENV)/dev.stamp ## Run all tests (ARGS=... goes to pytest)
 	@$(BIN)/python -m pytest $(ARGS)
@@ -38,6 +46,14 @@ format: $(VENV)/dev.stamp ## Write the format
 .PHONY: types
 types: $(VENV)/dev.stamp ## Check types
 	@$(BIN)/mypy
+
+.PHONY: enqueue
+enqueue: $(VENV)/dev.stamp ## Measure what starting a run costs a host
+	@$(BIN)/python bench/enqueue.py
+
+.PHONY: pictures
+pictures: $(VENV)/dev.stamp ## Take the documents' pictures of the example's pages anew
+	@PICTURES=docs/images $(BIN)/python -m pytest tests/test_web_examples.py -k shop
 
 .PHONY: histories
 histories: $(VENV)/dev.stamp ## Prove the rules over 2,000 random histories of runs (20 minutes)
@@ -59,7 +75,8 @@ ci: lint types test ## What CI runs
 lock: $(VENV)/dev.stamp ## Pin the newest versions that pyproject.toml allows
 	@$(COMPILE) --upgrade -o requirements/base.txt pyproject.toml
 	@$(COMPILE) --upgrade -o requirements/demo.txt --extra demo -c requirements/base.txt pyproject.toml
-	@$(COMPILE) --upgrade -o requirements/dev.txt --extra demo --group dev -c requirements/demo.txt pyproject.toml
+	@$(COMPILE) --upgrade -o requirements/dev.txt --group dev --all-extras -c requirements/demo.txt pyproject.toml client/pyproject.toml
+	@echo 'sqlalchemy<2.1' | $(COMPILE) --upgrade --no-deps -o requirements/oldest.txt -
 
 .PHONY: clean
 clean: ## Remove what was made here, with the runs in .stepfast; refuses while something runs on them
@@ -80,11 +97,13 @@ $(VENV)/demo.stamp: requirements/demo.txt pyproject.toml
 	done; \
 	echo "Stepfast needs Python 3.11 or newer with venv (Debian: python3-venv). Name one: make setup PYTHON=/its/path"; exit 1
 	@$(PIP) install --require-hashes -r requirements/demo.txt
-	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@$(PIP) install --no-build-isolation --no-deps --editable . --editable client
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/demo.stamp requirements/dev.txt
+# The tests of the client try the oldest SQLAlchemy that it supports, too.
+$(VENV)/dev.stamp: $(VENV)/demo.stamp requirements/dev.txt requirements/oldest.txt
 	@echo "Adding what the tests need to $(VENV)."
 	@rm -f $(VENV)/demo.stamp
 	@$(PIP) install --require-hashes -r requirements/dev.txt
+	@$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/oldest -r requirements/oldest.txt
 	@touch $(VENV)/demo.stamp $@

@@ -49,7 +49,7 @@ task_default_queue = "agents"
 worker_detect_quorum_queues = True
 
 imports = ("app.execution.tasks", "app.start_task")
-task_routes = {"stepfast.start": {"queue": "agents"}}
+task_routes = {"stepfast.start": {"queue": "agents"}, "stepfast.dispatch": {"queue": "agents"}}
 timezone = "UTC"
 # One reply queue a worker for remote control; Flower needs it.
 worker_enable_remote_control = True

@@ -17,6 +17,7 @@ StepfastError                 one clear sentence, the next step, and the command
     │   └── HandlerFailed     a Python handler raised, or left its process
     └── Permanent             a retry would fail again
         ├── GateRefused       the gate was evaluated and is false
+        ├── InvalidInput      the run's input is not in the pipeline's input_schema: plain SQL started it
         ├── ModelRefused      the model's stop reason is `refusal`
         ├── OutcomeUnknown    an effect may have happened; a person must look
         ├── AccountProblem    key, permission or spend limit: the operator must act
@@ -156,6 +157,12 @@ class GateRefused(Permanent):
     code = "gate_refused"
     who = "person"
     read: dict[str, object] | None = None
+
+
+class InvalidInput(Permanent):
+    """Fails the run whatever the agent's failure mode (`discard_step`)."""
+
+    code = "invalid_input"
 
 
 class ModelRefused(Permanent):

@@ -52,6 +52,7 @@ class Event(StrEnum):
     FIELD_NOT_BUILT = "pipeline.field_not_built"
     PIPELINE_PUBLISHED = "pipeline.published"
     DEAD_LETTER_PUBLISHED = "dead_letter.published"
+    REQUEST_REFUSED = "request.refused"
     SWEEP_FAILED = "sweep.failed"
     WORKER_STARTED = "worker.started"
     WORKER_STOPPED = "worker.stopped"  # it gave away what it could not finish in time

@@ -1,13 +1,15 @@
-"""`stepfast.start`: how another Celery application starts a run by `send_task`."""
+"""What other applications send: `stepfast.start` starts a run; `stepfast.dispatch` has one looked after at once."""
 
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from celery import shared_task
+from celery.exceptions import Reject
 from sqlalchemy.exc import DBAPIError
 
 from app import events, operations
 from app.errors import NotReady
-from app.execution import worker
+from app.execution import requests, worker
 from app.runs.database import is_outage
 
 if TYPE_CHECKING:
@@ -35,3 +37,19 @@ def start(self: "Task", pipeline: str, run_input: "Json", key: str | None = None
         # Nothing is recorded yet that a sweep could find: the message itself must come back. Its key makes it one run.
         raise self.retry(exc=error, countdown=RETRY_S, max_retries=RETRIES_MAX) from error
     return str(started.run_id)
+
+
+@shared_task(name="stepfast.dispatch", ignore_result=True)
+def dispatch(run_id: str) -> None:
+    """Sends what may start of a run, and carries out what was ordered for it: what the next sweep would do.
+
+    The client sends this after its host's commit. An outage is not retried: the sweep comes.
+    """
+    events.clear()
+    try:
+        run = UUID(run_id)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise Reject(f"{run_id!r} is no run's id", requeue=False) from error
+    current = worker.current()
+    requests.carry_out(current, run)
+    operations.dispatch(current, run)

@@ -95,9 +95,15 @@ def fresh_database(servers, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def database_url(servers, _template):
+def database_template(_template):
+    """What each test's database is a copy of; tests of a host add its tables."""
+    return _template
+
+
+@pytest.fixture
+def database_url(servers, database_template):
     """A database of the test's own, migrated."""
-    with fresh_database(servers, _template) as url:
+    with fresh_database(servers, database_template) as url:
         yield url
 
 

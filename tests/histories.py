@@ -202,7 +202,7 @@ class Bench:
         """Ends well: with an output, or with the question to a person."""
         step, attempt_id = held.bid.step, held.bid.attempt_id
         if held.asks:
-            return self.store.suspend(step, attempt_id, held.asks, held.agent.approval_timeout_ms)
+            return self.store.suspend(step, attempt_id, held.asks, {}, held.agent.approval_timeout_ms)
         return self.store.complete(step, attempt_id, {"ok": ok, "by": held.agent.id}, PAID)
 
     def fail(self, held: Held, error: AgentError) -> Ended:

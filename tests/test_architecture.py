@@ -12,7 +12,7 @@ from app.runs import states
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
     path
-    for folder in ("app", "bench", "migrations", "tests", "examples")
+    for folder in ("app", "bench", "client", "migrations", "tests", "examples")
     for path in (ROOT / folder).rglob("*.py")
     if "__pycache__" not in path.parts
 )

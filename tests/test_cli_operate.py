@@ -386,7 +386,7 @@ def test_hostile_reasons_and_outputs_are_escaped(cli, store, tmp_path):
     run_id = _begin(store, definition, {"note": hostile})
     complete(store, definition, run_id, "first", {"text": hostile + "\n" + hostile, hostile: {"deep": [hostile]}})
     bid = claim(store, definition, run_id, "second")
-    store.suspend(bid.step, bid.attempt_id, "d" * 64, None)
+    store.suspend(bid.step, bid.attempt_id, "d" * 64, {}, None)
     said = [
         cli("approve", run_id, "second"),
         cli("reject", run_id, "second", "--reason", hostile),

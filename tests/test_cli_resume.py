@@ -173,7 +173,7 @@ def test_plan_counts_money_effects_and_approvals(cli, store):
     complete(store, definition, run_id, "ask", {}, PRICED)
     complete(store, definition, run_id, "check", {}, PRICED)
     bid, _ = _claimed(store, definition, run_id, "pay")
-    store.suspend(bid.step, bid.attempt_id, "d1", None)
+    store.suspend(bid.step, bid.attempt_id, "d1", {}, None)
     Orders(store.engine).decide(run_id, "pay", approved=True, digest="d1", by="ann", reason=None)
     bid, _ = _claimed(store, definition, run_id, "pay")
     store.begin_effect(bid.step, bid.attempt_id, "charge-7")
@@ -255,7 +255,7 @@ def test_bulk_leaves_alone_what_a_resume_cannot_mend(cli, store):
     cli("dead", "discard", letter["id"])
     rejected = _begin(store, definition)
     bid = commanding.claim(store, definition, rejected, "first")
-    store.suspend(bid.step, bid.attempt_id, "d1", None)
+    store.suspend(bid.step, bid.attempt_id, "d1", {}, None)
     Orders(store.engine).decide(rejected, "first", approved=False, digest=None, by="ann", reason="no")
 
     cli("resume", "--failed").refuses(2, "2 failed runs would be resumed, and nobody can be asked here.", "--yes")

@@ -45,7 +45,7 @@ def _fail(bench, run, name, code="broken", **error):
 
 def _suspend(bench, run, name, expires_ms=None):
     bid, _ = bench.claim(run, name)
-    bench.store.suspend(bid.step, bid.attempt_id, "d1", expires_ms)
+    bench.store.suspend(bid.step, bid.attempt_id, "d1", {}, expires_ms)
 
 
 def test_completed(bench):
@@ -94,6 +94,7 @@ def test_every_error_code_has_its_meaning_and_a_command(bench, code):
         "author_mistake": "stepfast override RUN b --output FILE",
         "model_refused": "stepfast override RUN b --output FILE",
         "outcome_unknown": "stepfast dead show ID",
+        "invalid_input": "stepfast run tested",
     }
     assert command == expected.get(code, "stepfast resume RUN")
     assert f"`{expected.get(code, 'stepfast resume RUN')}`" in text or code == "outcome_unknown"

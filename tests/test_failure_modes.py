@@ -64,7 +64,7 @@ def meet(bench, run, outcome):
     elif outcome == "discarded":
         bench.fail(bid)
     else:
-        bench.store.suspend(bid.step, bid.attempt_id, "digest", 1_000)
+        bench.store.suspend(bid.step, bid.attempt_id, "digest", {}, 1_000)
         bench.pass_time(2 if outcome == "expired" else 0)
         orders = Orders(bench.store.engine)
         asked = {"digest": "digest", "by": "ann", "reason": "because"}

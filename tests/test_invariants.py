@@ -87,7 +87,7 @@ def test_nobody_is_asked_in_a_run_that_has_failed(bench):
     run = bench.start(pipeline(agent("a", retry_policy=ONE_TRY), agent("b", requires_human_approval=True)))
     asking, _ = bench.claim(run, "b")
     bench.fail(bench.claim(run, "a")[0])
-    bench.store.suspend(asking.step, asking.attempt_id, "digest", 1)
+    bench.store.suspend(asking.step, asking.attempt_id, "digest", {}, 1)
     assert bench.sql("select count(*) from stepfast.approvals") == 0
     assert violations(bench) == []
 

@@ -27,7 +27,7 @@ def bench(database_url):
 def _suspend(bench, run, name, digest="d1", expires_ms=None):
     bid, claim = bench.claim(run, name)
     assert claim.outcome == "claimed"
-    return bench.store.suspend(bid.step, bid.attempt_id, digest, expires_ms), claim
+    return bench.store.suspend(bid.step, bid.attempt_id, digest, {}, expires_ms), claim
 
 
 def _decide(bench, run, name, *, approved, digest=None):

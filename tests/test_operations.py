@@ -3,7 +3,7 @@
 import pytest
 
 from app.errors import Misuse
-from app.operations import check_input
+from app.pipelines.run_input import check_input
 
 
 def _circular():

@@ -16,6 +16,7 @@ from app import settings
 from app.cli import inputs, local, output, system
 from app.cli.processes import OrderlyExit
 from app.errors import Misuse, NotReady
+from app.pipelines.run_input import check_input
 from app.settings import ROOT, variable
 
 if TYPE_CHECKING:
@@ -159,8 +160,6 @@ def _good_answers(skill: Path, pipeline: "Pipeline", earlier: _Earlier | None) -
 
 def _world(asked: _Asked, pipeline: "Pipeline", earlier: _Earlier | None) -> "Callable[[Path], Json]":
     """What fills a run's own folder, and gives its input. The bundled example brings its repository along."""
-    from app.operations import check_input
-
     configured = settings.load()
     if not (asked.given or asked.scratch or earlier) and local.folder_of(asked.skill) == EXAMPLE:
         return _example_world

@@ -117,10 +117,10 @@ def start_processes(
     environ = _environment(configured, skills)
     ports: dict[str, int] = {}
     if "flower" in commands:
-        ports["flower"] = _free_port(FLOWER_PORT)
+        ports["flower"] = free_port(FLOWER_PORT)
         environ |= {"FLOWER_ADDRESS": LOOPBACK, "FLOWER_PORT": str(ports["flower"])}
     if simulate:
-        ports["simulator"] = _free_port(0)
+        ports["simulator"] = free_port(0)
         environ = {name: value for name, value in environ.items() if not name.startswith("ANTHROPIC_")}
         environ |= {"ANTHROPIC_BASE_URL": _url(ports["simulator"]), "ANTHROPIC_API_KEY": "sk-simulated"}
         script = script_of(skills)
@@ -131,7 +131,7 @@ def start_processes(
     with stack.held():
         processes = stack.enter_context(Processes(commands, environ, logs, unfailing(say), lambda: stack.hurry))
     (configured.home / _LAST_SKILLS).write_text("\n".join(map(str, _folders(skills))))
-    processes.wait_ready(lambda name, pid: _answers(ports[name]) if name in ports else _is_consuming(name, pid))
+    processes.wait_ready(lambda name, pid: answers(ports[name]) if name in ports else _is_consuming(name, pid))
     return Running(logs, *(_url(ports[name]) if name in ports else None for name in ("simulator", "flower")))
 
 
@@ -212,13 +212,13 @@ def _service(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _answers(port: int) -> bool:
+def answers(port: int) -> bool:
     with socket.socket() as client:
         client.settimeout(ANSWER_TIMEOUT_S)
         return client.connect_ex((LOOPBACK, port)) == 0
 
 
-def _free_port(wanted: int) -> int:
+def free_port(wanted: int) -> int:
     """`wanted`, or where that is taken, another one. Who takes it meanwhile makes its process fail, by name."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

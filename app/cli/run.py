@@ -10,6 +10,7 @@ from app import settings
 from app.cli import embedding as embeddings
 from app.cli import inputs, output, system, watch
 from app.errors import UnknownName
+from app.pipelines.run_input import check_input
 
 if TYPE_CHECKING:
     from app.pipelines.model import Json
@@ -44,7 +45,7 @@ def command(
     from app import operations
 
     # Before anything is started: what is refused here leaves nothing behind.
-    operations.check_input(run_input, configured.input_max_bytes, pipeline.input_schema if pipeline else None)
+    check_input(run_input, configured.input_max_bytes, pipeline.input_schema if pipeline else None)
     if embedding and not simulate and pipeline and any(agent.model for agent in pipeline.agents):
         embeddings.refuse_without_key()
     with embedding.workers() if embedding else nullcontext():

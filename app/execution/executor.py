@@ -17,12 +17,23 @@ from app import events
 from app.agents.work import Answer, Effect, EffectState, Work
 from app.clock import Deadline
 from app.crashpoints import CrashPoint, reach
-from app.errors import AgentError, AuthorMistake, GateRefused, HandlerFailed, InvalidOutput, StaleClaim
+from app.errors import (
+    AgentError,
+    AuthorMistake,
+    GateRefused,
+    HandlerFailed,
+    InvalidInput,
+    InvalidOutput,
+    Misuse,
+    StaleClaim,
+)
 from app.events import Event
 from app.execution.outcome import decide
 from app.execution.persistence import OUTAGE_MAX_S, through_outage
 from app.pipelines import expressions, templates
+from app.pipelines.feedback import redacted_feedback
 from app.pipelines.model import hash_json
+from app.pipelines.run_input import check_input
 from app.redaction import capped, redact
 from app.runs.store import Bid, Claim, Ended, Ending, Paid, StepKey
 
@@ -36,6 +47,8 @@ DEFER_MS = 5_000
 KEY_WAIT_MS = 1_000
 # Others may take a step away this long after its own deadline: time to commit what was answered at the last moment.
 COMMIT_MARGIN_MS = 15_000
+# What a person is shown before a decision.
+SHOWN_MAX_BYTES = 64_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +133,7 @@ def _attempt(attempt: Attempt, broken: AgentError | None) -> Result:
             raise broken
         if claim.outcome == "bad_key":
             raise AuthorMistake(f"{claim.problem[:1].upper()}{claim.problem[1:]}.")
+        _check_run_input(attempt)
         _check_gate(attempt)
         if attempt.agent.requires_human_approval and (digest := _digest(attempt)) != claim.approved:
             return _suspend(attempt, digest)
@@ -157,6 +171,16 @@ def defer(worker: "Worker", step: StepKey, delay_ms: int, reason: str) -> Result
         return Result("stale")
     events.emit(Event.STEP_DEFERRED, reason=reason, retry_ms=delay_ms)
     return Result("deferred")
+
+
+def _check_run_input(attempt: Attempt) -> None:
+    """Plain SQL checks no input: whoever is first to work with it does."""
+    if attempt.agent.depends_on:
+        return
+    try:
+        check_input(attempt.claim.input, attempt.worker.settings.input_max_bytes, attempt.pipeline.input_schema)
+    except Misuse as error:
+        raise InvalidInput(error.message, next_step="Start another run, with an input that fits.") from error
 
 
 def _check_gate(attempt: Attempt) -> None:
@@ -209,8 +233,14 @@ def _digest(attempt: Attempt) -> str:
 def _suspend(attempt: Attempt, digest: str) -> Result:
     """Asks a person. Whoever executes after the approval must find the same digest."""
     store, expires_ms = attempt.worker.store, attempt.agent.approval_timeout_ms
+    shown = _inputs_to_show(attempt)
+    if attempt.claim.feedback:
+        shown["feedback"] = redacted_feedback(attempt.claim.feedback, attempt.pipeline)
     reach(CrashPoint.SUSPEND_BEFORE, attempt.agent.id)
-    ended = through_outage(lambda: store.suspend(attempt.step, attempt.id, digest, expires_ms), max_s=OUTAGE_MAX_S)
+    ended = through_outage(
+        lambda: store.suspend(attempt.step, attempt.id, digest, capped(shown, SHOWN_MAX_BYTES), expires_ms),
+        max_s=OUTAGE_MAX_S,
+    )
     reach(CrashPoint.SUSPEND_AFTER, attempt.agent.id)
     if ended.outcome == "stale":
         events.emit(Event.STEP_STALE_CLAIM, state="fenced")

@@ -1,7 +1,7 @@
 """The sweep: twice a second in every worker, so that nothing waits for ever.
 
-Due retries, workers that are gone, runs that plain SQL enqueued, messages that were lost, dead letters not yet sent. An
-idle worker spends one statement on it.
+Due retries, workers that are gone, runs that plain SQL enqueued, what people ordered from outside, messages that were
+lost, dead letters not yet sent. An idle worker spends one statement on it.
 """
 
 import threading
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from app import events
 from app.crashpoints import CrashPoint, reach
 from app.events import Event
-from app.execution import canvas, dead_queue, queues
+from app.execution import canvas, dead_queue, queues, requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +53,8 @@ def _sweep_once(worker: "Worker") -> "Swept":
     for rescued in swept.rescued:
         events.emit(Event.STEP_RESCUED, **rescued)
         reach(CrashPoint.SWEEP_AFTER, rescued["agent"])
+    if swept.requested:
+        requests.carry_out(worker)
     if swept.unsent or swept.due or swept.rescued:
         _send_unsent(worker)
     if swept.overdue:

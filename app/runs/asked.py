@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from app.pipelines.feedback import redacted_feedback
 from app.redaction import redact
 from app.words import moment, short
 
@@ -36,14 +37,6 @@ def asked(
     if step["feedback"]:
         values["sent back with"] = redacted_feedback(step["feedback"], pipeline) or {}
     return {name: value for name, value in fields.items() if value}, values
-
-
-def redacted_feedback(feedback: "Json | None", pipeline: "Pipeline") -> "Json | None":
-    """What a refused gate sent back, without what the schemas of the outputs that it read call sensitive."""
-    if feedback is None:
-        return None
-    read = {name: redact(output, pipeline.by_id[name].schema) for name, output in feedback["read"].items()}
-    return {**feedback, "read": read}
 
 
 def _redacted(value: "Json", schema: "Json | None") -> "Json":

@@ -4,14 +4,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import create_engine, event, make_url, text
+from sqlalchemy import bindparam, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.pool import NullPool
+from sqlalchemy.types import Text
 
 from app.errors import NotReady
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from typing import Any
 
     from sqlalchemy import Connection, Dialect, Engine
@@ -181,3 +182,25 @@ def migrate(url: str, *, revision: str = "head") -> tuple[str | None, str | None
         after = state.get_current_revision()
         connection.commit()
     return before, after
+
+
+def allow(url: str, rights: "Mapping[str, str]") -> None:
+    """Gives roles their rights (`client` or `operator`) in this database. Raises NotReady where a role is missing."""
+    if not rights:
+        return
+    once = engine(url, pool_max=1)
+    try:
+        with readiness(), once.connect() as connection:
+            for role, right in rights.items():
+                connection.execute(
+                    text("select stepfast.allow_v1(:role, :right)").bindparams(bindparam("role", type_=Text())),
+                    {"role": role, "right": right},
+                )
+    except ProgrammingError as error:
+        if getattr(error.orig, "sqlstate", "") != "42704":
+            raise
+        raise NotReady(
+            f"There is no role {role} on this server.", next_step="Make it first: create role NAME login."
+        ) from error
+    finally:
+        once.dispose()

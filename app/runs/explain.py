@@ -30,6 +30,7 @@ _MEANINGS = {
     "account_problem": "The account's key, permission or budget must be mended first.",
     "run_deadline": "A resumed run goes on without a deadline.",
     "gate_refused": "It was not executed, and a retry would see the same values.",
+    "invalid_input": "Plain SQL started it, and the worker that was first to read its input refused it.",
     "model_refused": "The model declined, and a retry would ask the same.",
     "outcome_unknown": "It is not repeated by itself, because it may have had its effect.",
     "author_mistake": "The pipeline or a handler's code is at fault, and a retry would fail again.",
@@ -37,6 +38,7 @@ _MEANINGS = {
 # What a plain resume cannot mend, and why: bulk resumes leave it alone.
 NOT_BY_RESUME = {
     "gate_refused": "a gate refused: the same values would be refused again",
+    "invalid_input": "the input does not fit: the same input would not fit again",
     "model_refused": "the model declined: the same question would be declined again",
     "outcome_unknown": "nobody knows whether an effect happened: a person must look",
     "author_mistake": "the pipeline's author must act",
@@ -155,6 +157,9 @@ def _advice(run: "Json", step: "Json", code: str, events: "Sequence[Json]") -> t
             f"the fault was there, restart the workers on the mended code, then `{resume}`."
         )
         return 1, how, override
+    if code == "invalid_input":
+        again = f"stepfast run {run['pipeline']}"
+        return 1, f"This input stays what it is: `{again}`, with one that fits.", again
     if code == "gate_refused":
         read = _read_by_gate(run, step)
         if read is None:

@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import bindparam, text
-from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.types import Integer, Interval, Text
-
-from app.runs.explain import NOT_BY_RESUME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,28 +20,15 @@ PAGE_RUNS = 500
 KINDS_MAX = 1_000
 _FIRST = (datetime.fromisoformat("0001-01-01T00:00:00+00:00"), UUID(int=0))
 
-# Of each run that had failed by :until, the open dead letter that decides, and why a resume would not help: a code that
-# no resume mends, or a decision of a person that it would override.
+# In which way each failed run may or may not be mended is the view's to say.
 _JUDGED = """
-    select r.id, r.created_at, r.pipeline, d.agent, d.code, d.error_fingerprint, d.message,
-        case when d.code = any (:never) then d.code
-             when exists (select from stepfast.steps s where s.run_id = r.id and s.state = 'cancelled') then 'rejected'
-             when exists (select from stepfast.steps s where s.run_id = r.id and s.state = 'discarded' and not exists (
-                 select from stepfast.dead_letters o
-                 where o.run_id = s.run_id and o.agent = s.agent and o.item = s.item and o.resolved_at is null))
-             then 'letter_discarded' end as held
-    from stepfast.runs r left join lateral (
-        select agent, code, error_fingerprint, payload->>'message' as message from stepfast.dead_letters
-        where run_id = r.id and resolved_at is null
-        order by code = any (:never) desc, created_at, agent limit 1) d on true
-    where r.state = 'failed' and r.ended_at <= :until and (:since is null or r.ended_at >= :since)
-      and (:pipeline is null or r.pipeline = :pipeline)
+    select * from stepfast.v_failed_runs
+    where ended_at <= :until and (:since is null or ended_at >= :since) and (:pipeline is null or pipeline = :pipeline)
 """
 
 
 def _statement(query: str, **parameters: Any) -> "TextClause":  # noqa: ANN401  # SQLAlchemy's types
     types = {
-        "never": ARRAY(Text()),
         "until": TIMESTAMP(timezone=True),
         "since": TIMESTAMP(timezone=True),
         "pipeline": Text(),
@@ -61,7 +46,7 @@ _COUNT = _statement(f"""
 _PAGE = _statement(
     f"""
     select id, created_at
-    from ({_JUDGED} and r.created_at >= :after_at and (r.created_at, r.id) > (:after_at, :after_id)) judged
+    from ({_JUDGED} and created_at >= :after_at and (created_at, id) > (:after_at, :after_id)) judged
     where held is null and pipeline = :of and error_fingerprint is not distinct from :fingerprint
     order by created_at, id limit :limit
 """,  # noqa: S608
@@ -107,7 +92,7 @@ class FailedRuns:
             if since is not None and not isinstance(since, datetime):
                 since = connection.execute(_AGO, {"ago": since}).scalar_one()
         # What fails again while this is read is left out, so that reading ends.
-        self._bounds = {"until": until, "since": since, "pipeline": pipeline, "never": list(NOT_BY_RESUME)}
+        self._bounds = {"until": until, "since": since, "pipeline": pipeline}
 
     def kinds(self) -> tuple[Kind, ...]:
         """What went wrong, how often: what a resume may mend first, the most frequent first; at most KINDS_MAX."""

@@ -1,20 +1,26 @@
 """What a person orders: resume, override, cancel, approve. Each raises NotPossible where the run does not allow it."""
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import Text
 
 from app.errors import NotPossible
+from app.runs.database import is_outage
 from app.runs.store import call
 from app.runs.tables import steps
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from uuid import UUID
 
-    from sqlalchemy import Engine, TextClause
+    from sqlalchemy import Connection, Engine, Row, TextClause
 
     from app.pipelines.model import Json
 
@@ -35,6 +41,28 @@ _DECIDE = call(
     ("reason", Text()),
 )
 _DISCARD_LETTER = call("discard_letter_v1", ("letter", PG_UUID()), ("by", Text()))
+# Oldest first. One that another worker holds just now is that worker's.
+_TAKE_REQUEST = text("""
+    select id, run_id, action, agent, digest, requested_by, reason from stepfast.requests
+    where state = 'waiting' and (cast(:run as uuid) is null or run_id = :run)
+    order by requested_at limit 1 for update skip locked
+""").bindparams(bindparam("run", type_=PG_UUID()))
+_END_REQUEST = text("""
+    update stepfast.requests set state = :state, ended_at = stepfast.now(), answer = :answer where id = :id
+""").bindparams(bindparam("answer", type_=JSONB()))
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A request that was carried out, or refused: then `answer` has message and next_step, else agents or decision."""
+
+    run_id: "UUID"
+    action: str
+    agent: str | None
+    by: str
+    reason: str | None
+    done: bool
+    answer: "Json"
 
 
 class Orders:
@@ -42,9 +70,10 @@ class Orders:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
+        self._connect: Callable[[], AbstractContextManager[Connection]] = engine.connect
 
     def _one(self, statement: "TextClause", **parameters: object) -> Any:  # noqa: ANN401  # what the function returns
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             return connection.execute(statement, parameters).scalar()
 
     def resume(self, run_id: "UUID", by: str) -> tuple[str, ...]:
@@ -92,6 +121,51 @@ class Orders:
             f"Nothing of {agent} waits for this decision; it is {answer['state']}.{known}",
             next_step=f"See: stepfast show {run_id}",
         )
+
+    def carry_out(self, run_id: "UUID | None") -> Carried | None:
+        """Carries out the oldest waiting request, of one run or of all, and records how it ended, in one transaction.
+
+        Returns None where none waits.
+        """
+        with self._engine.connect() as connection:
+            connection.execution_options(isolation_level="READ COMMITTED")
+            with connection.begin():
+                request = connection.execute(_TAKE_REQUEST, {"run": run_id}).one_or_none()
+                if request is None:
+                    return None
+                inside = Orders(self._engine)
+                inside._connect = lambda: nullcontext(connection)
+                done, answer = True, {}
+                try:
+                    with connection.begin_nested():
+                        answer = inside._obey(request)
+                except NotPossible as error:
+                    done, answer = False, {"message": error.message, "next_step": error.next_step}
+                except DBAPIError as error:
+                    if is_outage(error):
+                        raise
+                    # Tried again it would fail again, and keep the requests behind it waiting.
+                    done, answer = False, {"message": str(error.orig).splitlines()[0], "next_step": ""}
+                connection.execute(
+                    _END_REQUEST, {"id": request.id, "state": "done" if done else "refused", "answer": answer}
+                )
+        return Carried(
+            request.run_id, request.action, request.agent, request.requested_by, request.reason, done, answer
+        )
+
+    def _obey(self, request: "Row[Any]") -> "Json":
+        run_id, agent, by, reason = request.run_id, request.agent, request.requested_by, request.reason
+        match request.action:
+            case "resume":
+                return {"agents": self.resume_from(run_id, agent, by) if agent else self.resume(run_id, by)}
+            case "cancel":
+                self.cancel(run_id, by, reason)
+                return {}
+            case decision:
+                approved = decision == "approve"
+                digest = request.digest
+                decided = self.decide(run_id, agent, approved=approved, digest=digest, by=by, reason=reason)
+                return {"decision": decided}
 
     def discard_letter(self, letter_id: "UUID", by: str) -> bool:
         """Resolves a dead letter without doing its step again. Returns whether it was open."""

@@ -147,6 +147,7 @@ class Swept:
     judge_ms: int | None
     unsent: bool
     unpublished: bool
+    requested: bool
     overdue: tuple[str, ...]
 
 
@@ -205,7 +206,7 @@ _FAIL = call(
     ("feedback", _JSON),
     *_PAID,
 )
-_SUSPEND = call("suspend_v1", *_ATTEMPT, ("digest", Text()), ("expires_ms", BigInteger()))
+_SUSPEND = call("suspend_v1", *_ATTEMPT, ("digest", Text()), ("shown", _JSON), ("expires_ms", BigInteger()))
 _BEGIN_EFFECT = call("begin_effect_v1", *_ATTEMPT, ("key", Text()))
 _END_EFFECT = call("end_effect_v1", *_ATTEMPT, ("key", Text()), ("output", _JSON))
 _TAKE_UNSENT = call("take_unsent_v1", ("run", PG_UUID()), ("limit", Integer()), rows=True)
@@ -402,8 +403,8 @@ class Store:
         )
         return _ended(step, answer)
 
-    def suspend(self, step: StepKey, attempt_id: UUID, digest: str, expires_ms: int | None) -> Ended:
-        """Ends an attempt that found that a person must approve `digest` first."""
+    def suspend(self, step: StepKey, attempt_id: UUID, digest: str, shown: object, expires_ms: int | None) -> Ended:
+        """Ends an attempt that found that a person must approve `digest` first; `shown` is what the person sees."""
         answer = self._one(
             _SUSPEND,
             run=step.run_id,
@@ -411,6 +412,7 @@ class Store:
             item=step.item,
             attempt=attempt_id,
             digest=digest,
+            shown=shown,
             expires_ms=expires_ms,
         )
         return _ended(step, answer)

@@ -169,12 +169,28 @@ approvals = _table(
     _text("subject"),
     _text("digest"),
     _uuid("attempt_id"),
+    _json("shown"),
     _text("state"),
     _time("requested_at"),
     _time("expires_at", null=True),
     _time("decided_at", null=True),
     _text("decided_by", null=True),
     _text("reason", null=True),
+)
+requests = _table(
+    "requests",
+    _uuid("id", key=True),
+    _uuid("run_id"),
+    _text("action"),
+    _text("agent", null=True),
+    _text("digest", null=True),
+    _text("requested_by"),
+    _text("login"),
+    _text("reason", null=True),
+    _text("state"),
+    _time("requested_at"),
+    _time("ended_at", null=True),
+    _json("answer", null=True),
 )
 dead_letters = _table(
     "dead_letters",

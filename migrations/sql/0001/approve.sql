@@ -3,7 +3,7 @@
 
 -- Suspends an executing step until a person decides. An approval of another digest is void. Returns like fail_v1.
 create function stepfast.suspend_v1(
-    p_run uuid, p_agent text, p_item text, p_attempt uuid, p_digest text, p_expires_ms bigint
+    p_run uuid, p_agent text, p_item text, p_attempt uuid, p_digest text, p_shown jsonb, p_expires_ms bigint
 ) returns jsonb language plpgsql volatile as $$
 declare
     v_now timestamptz;
@@ -23,10 +23,10 @@ begin
     update stepfast.approvals set state = 'void', decided_at = coalesce(decided_at, v_now), reason = 'what was approved changed'
     where run_id = p_run and agent = p_agent and item = p_item and state in ('requested', 'approved');
     -- In a run that was halted meanwhile nobody is asked: after the resume the step asks again.
-    insert into stepfast.approvals (id, run_id, agent, item, generation, subject, digest, attempt_id, state, requested_at,
-                                    expires_at)
-    select gen_random_uuid(), p_run, p_agent, p_item, s.generation, 'step', p_digest, p_attempt, 'requested', v_now,
-           v_now + p_expires_ms * interval '1 ms' where r.state = 'running';
+    insert into stepfast.approvals (id, run_id, agent, item, generation, subject, digest, attempt_id, shown, state,
+                                    requested_at, expires_at)
+    select gen_random_uuid(), p_run, p_agent, p_item, s.generation, 'step', p_digest, p_attempt, p_shown, 'requested',
+           v_now, v_now + p_expires_ms * interval '1 ms' where r.state = 'running';
     update stepfast.steps
     set state = case when r.state = 'running' then 'suspended' else 'pending' end, sent_at = null
     where run_id = p_run and agent = p_agent and item = p_item;

@@ -1,6 +1,7 @@
 -- The one start path: the command line, the client, Celery's stepfast.start and plain SQL all call it.
 -- Errors: SF001 unknown pipeline; SF002 the key was used with another input; SF003 the input is not an object, or a key is
--- too long or has no value.
+-- too long or has no value. Where p_hash is given and the name means another definition by now, nothing is started, and no row
+-- returned: whoever checked the input against that definition checks it anew.
 create function stepfast.enqueue_v1(
     p_pipeline text,
     p_input jsonb,
@@ -8,13 +9,16 @@ create function stepfast.enqueue_v1(
     p_tenant text default 'default',
     p_labels jsonb default '{}',
     p_priority integer default 0,
-    p_run uuid default gen_random_uuid()
+    p_run uuid default gen_random_uuid(),
+    p_hash text default null
 ) returns table (run_id uuid, created boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_now timestamptz := stepfast.now();
     v_hash text;
-    v_definition jsonb;
+    v_agents jsonb;
+    v_parts jsonb;
+    v_deadline_ms bigint;
     v_input_hash text := stepfast.hash(p_input);
     v_old stepfast.runs;
     v_part jsonb;
@@ -28,16 +32,22 @@ begin
     if octet_length(p_key) > 1000 then -- what fits into an index
         raise exception 'the key is longer than 1,000 bytes' using errcode = 'SF003';
     end if;
-    select p.hash, p.definition into v_hash, v_definition
-    from stepfast.pipeline_names n join stepfast.pipelines p on p.hash = n.hash where n.name = p_pipeline;
+    -- One look into the definition: each would decompress it anew.
+    select p.hash, d.agents, d.concurrency_parts, d.deadline_ms into v_hash, v_agents, v_parts, v_deadline_ms
+    from stepfast.pipeline_names n join stepfast.pipelines p on p.hash = n.hash,
+         jsonb_to_record(p.definition) as d (agents jsonb, concurrency_parts jsonb, deadline_ms bigint)
+    where n.name = p_pipeline;
     if not found then
         raise exception 'no pipeline is published as %', p_pipeline using errcode = 'SF001';
     end if;
+    if v_hash <> p_hash then
+        return;
+    end if;
 
     -- One at a time for a concurrency key: whoever enqueues next for it waits here until this one is visible.
-    if jsonb_array_length(coalesce(v_definition->'concurrency_parts', '[]')) > 0 then
+    if jsonb_array_length(v_parts) > 0 then
         v_concurrency := '';
-        for v_part in select * from jsonb_array_elements(v_definition->'concurrency_parts') loop
+        for v_part in select * from jsonb_array_elements(v_parts) loop
             v_value := coalesce(v_part->>'text', jsonb_build_object('input', p_input)
                                 #>> array(select jsonb_array_elements_text(v_part->'path')));
             if v_value is null then
@@ -58,7 +68,7 @@ begin
     insert into stepfast.runs (id, tenant, pipeline, pipeline_hash, state, input, input_hash, key, labels, priority,
                                concurrency_key, deadline_at, created_at, event_seq)
     values (p_run, p_tenant, p_pipeline, v_hash, 'pending', p_input, v_input_hash, p_key, p_labels, p_priority,
-            v_concurrency, v_now + (v_definition->>'deadline_ms')::bigint * interval '1 ms', v_now, 1)
+            v_concurrency, v_now + v_deadline_ms * interval '1 ms', v_now, 1)
     on conflict (tenant, pipeline, key) where key is not null do nothing;
     if not found then
         select * into v_old from stepfast.runs r
@@ -75,7 +85,7 @@ begin
     select p_run, a->>'id', case when a->'depends_on' = '[]' and not v_waits then 'available' else 'pending' end,
            array(select jsonb_array_elements_text(a->'depends_on')), a->>'failure_mode', a->>'queue',
            (a->'retry_policy'->>'max_worker_losses')::int
-    from jsonb_array_elements(v_definition->'agents') a;
+    from jsonb_array_elements(v_agents) a;
     insert into stepfast.events (run_id, seq, name, at, data)
     values (p_run, 1, 'run.enqueued', v_now, jsonb_build_object('pipeline_hash', v_hash, 'input_hash', v_input_hash));
     return query select p_run, true;

@@ -144,7 +144,10 @@ declare
     v_id uuid := gen_random_uuid();
     v_fingerprint text := stepfast.fingerprint(r.pipeline, s.agent, p_error);
 begin
-    update stepfast.steps set state = 'discarded', ended_at = p_now, scheduled_at = null
+    update stepfast.steps
+    set state = 'discarded', ended_at = p_now, scheduled_at = null,
+        -- No agent of the run can work with such an input, whatever the failure mode.
+        failure_mode = case when p_error->>'code' = 'invalid_input' then 'halt_pipeline' else failure_mode end
     where run_id = s.run_id and agent = s.agent and item = s.item;
     insert into stepfast.dead_letters (id, run_id, agent, item, generation, attempt_id, code, error_fingerprint, payload,
                                        created_at)

@@ -209,9 +209,9 @@ end $$;
 -- The whole sweep, one statement for an idle worker. p_worker vouches for its children: p_living and p_dead are their pids.
 -- Returns {"due": retries released, "expired": steps ended, "lost": [worker ids], "rescued": [{"run_id", "agent",
 -- "attempt_id", "code", "reason"}], "judge_ms": how soon to sweep again because a worker is suspect, or null, "unsent":
--- whether take_unsent_v1 would find any, "unpublished": whether a dead letter waits to be sent, "overdue": the queues of steps
--- whose message was sent a while ago and not claimed: lost, or waiting behind others}. That while doubles with every send, up
--- to 64 times, so that a backlog is not doubled by resending.
+-- whether take_unsent_v1 would find any, "unpublished": whether a dead letter waits to be sent, "requested": whether a person's
+-- order waits to be carried out, "overdue": the queues of steps whose message was sent a while ago and not claimed: lost, or
+-- waiting behind others}. That while doubles with every send, up to 64 times, so that a backlog is not doubled by resending.
 create function stepfast.sweep_v1(
     p_lease_ms integer, p_grace_ms integer, p_resend_ms integer, p_limit integer,
     p_worker bigint default null, p_living integer[] default '{}', p_dead integer[] default '{}'
@@ -261,5 +261,6 @@ begin
         'due', v_due, 'expired', v_expired, 'lost', v_lost, 'rescued', v_rescued, 'judge_ms', v_judge_ms,
         'unsent', exists (select from stepfast.steps where state = 'available' and sent_at is null),
         'unpublished', exists (select from stepfast.dead_letters where published_at is null),
+        'requested', exists (select from stepfast.requests where state = 'waiting'),
         'overdue', v_overdue);
 end $$;

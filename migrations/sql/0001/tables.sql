@@ -58,6 +58,7 @@ create index runs_concurrency on stepfast.runs (tenant, pipeline, concurrency_ke
 create index runs_deadline on stepfast.runs (deadline_at)
     where deadline_at is not null and state in ('pending', 'running', 'suspended');
 create index runs_created on stepfast.runs (created_at desc);
+create index runs_ended on stepfast.runs (ended_at) where ended_at is not null;
 create index runs_unfinished on stepfast.runs (state, created_at) where state in ('pending', 'running', 'suspended', 'failed');
 
 create table stepfast.steps (
@@ -173,6 +174,7 @@ create table stepfast.approvals (
     subject text not null check (subject in ('step', 'tool_call')),
     digest text not null,               -- of the inputs, arguments and definition that are approved
     attempt_id uuid not null,           -- the attempt that asked
+    shown jsonb not null,               -- what was about to be done, redacted: what the person is shown
     state text not null check (state in ('requested', 'approved', 'rejected', 'expired', 'void')),
     requested_at timestamptz not null,
     expires_at timestamptz,
