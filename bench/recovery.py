@@ -171,7 +171,7 @@ def threads(found: Found, system: System, *, calls: int, delay_s: float, cut_eve
     system.start_worker("threads", 1, queues="nothing")
     _after_truce(system)
     effects = system.home / "effects"
-    back: list[float] = []
+    cuts: list[tuple[float, float]] = []
     with spinning(PROCESSORS), ThreadPoolExecutor(1) as starter:
         starting = starter.submit(
             lambda: [system.start_run("soak", {"effects": str(effects)}, f"threads-{n}") for n in range(calls)]
@@ -179,36 +179,46 @@ def threads(found: Found, system: System, *, calls: int, delay_s: float, cut_eve
         began_s = time.monotonic()
         said_s = 0.0
         while (ended := system.ended_runs("threads-")) < calls and time.monotonic() - began_s < 600:
-            back.append(_cut(system))
+            cuts.append(_cut(system))
             if time.monotonic() - said_s > 5:
                 said_s = time.monotonic()
                 system.say(f"  {ended:,} of {calls:,} runs ended; {system.calls_in_flight():,} calls in flight")
             time.sleep(cut_every_s)
         starting.result()
-    found.figures |= {"threads": calls, "time": f"{time.monotonic() - began_s:.0f} s", "sessions cut": len(back)}
+    found.figures |= {"threads": calls, "time": f"{time.monotonic() - began_s:.0f} s", "sessions cut": len(cuts)}
     found.figures["runs that ended"] = ended
     found.figures["processor time of the worker"] = f"{cpu_s(busy.pids()):.0f} s"
-    found.spread("a cut session is back after", back)
+    found.spread("a cut session is back after", [back_s for back_s, _ in cuts])
+    found.spread("a live worker was in doubt for", [doubt_s for _, doubt_s in cuts])
+    found.figures["load average"] = f"{os.getloadavg()[0]:.1f}"
     _nothing_twice(found, system, calls)
 
 
-def _cut(system: System) -> float:
-    """Cuts each process's session, and waits until its lock is held again. Returns how long the last one took."""
+def _cut(system: System) -> tuple[float, float]:
+    """Cuts each process's session, and waits until its lock is held again.
+
+    Returns how long the last one took, and the longest that one of them was in doubt: at the grace it is taken for dead.
+    """
     ids = system.cut_sessions()
     cut_s = time.monotonic()
+    doubts = [0.0]
 
-    def held() -> bool:
-        locks = system.value(
+    def back() -> bool:
+        (row,) = system.rows(
             """
-            select count(*) from pg_locks where locktype = 'advisory' and classid = 7083 and granted
-                and objid::bigint = any(:ids) and pid in (select pid from pg_stat_activity
-                    where application_name = 'stepfast-presence')""",
+            select count(*) filter (where w.ended_at is null and not exists (
+                    select from pg_locks l join pg_stat_activity s using (pid)
+                    where l.locktype = 'advisory' and l.classid = 7083 and l.objid::bigint = w.id and l.granted
+                        and s.application_name = 'stepfast-presence')) as away,
+                coalesce(max(extract(epoch from coalesce(w.ended_at, stepfast.now()) - w.suspect_since)), 0)::float as doubt
+            from stepfast.workers w where w.id = any(:ids)""",
             ids=ids,
         )
-        return bool(locks == len(ids))
+        doubts.append(row.doubt)
+        return not row.away
 
-    eventually(held, within_s=30, what="the sessions' return")
-    return time.monotonic() - cut_s
+    eventually(back, within_s=30, what="the sessions' return")
+    return time.monotonic() - cut_s, max(doubts)
 
 
 def wipe(found: Found, system: System, *, runs: int) -> None:
