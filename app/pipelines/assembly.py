@@ -170,8 +170,8 @@ class _Assembly:
         for start, _, path in templates.variables(self._definition.fields.get("concurrency_key", "")):
             before = "only the input is known before a run starts: name one of its fields."
             problem = self._field_problem("input", path[1:]) if path[0] == "input" else before
+            place = top.place_in("concurrency_key", start)
             if problem:
-                place = top.place_in("concurrency_key", start)
                 self._report.error(self._file, place, f"{{{{{'.'.join(path)}}}}}: {problem}")
             self._warn_of_secret(path, place)
 

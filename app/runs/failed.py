@@ -1,4 +1,4 @@
-"""Failed runs in bulk: which of them a resume can mend, counted by what went wrong and read in pages."""
+"""Failed and partial runs in bulk: which of them a resume can mend, counted by what went wrong, read in pages."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,8 +22,8 @@ PAGE_RUNS = 500
 KINDS_MAX = 1_000
 _FIRST = (datetime.fromisoformat("0001-01-01T00:00:00+00:00"), UUID(int=0))
 
-# Of each run that had failed by :until, the open dead letter that decides, and why a resume would not help: a code that
-# no resume mends, or a decision of a person that it would override.
+# Of each run that had failed by :until, or had ended in part, the open dead letter that decides, and why a resume would
+# not help: a code that no resume mends, or a decision of a person that it would override.
 _JUDGED = """
     select r.id, r.created_at, r.pipeline, d.agent, d.code, d.error_fingerprint, d.message,
         case when d.code = any (:never) then d.code
@@ -36,8 +36,10 @@ _JUDGED = """
         select agent, code, error_fingerprint, payload->>'message' as message from stepfast.dead_letters
         where run_id = r.id and resolved_at is null
         order by code = any (:never) desc, created_at, agent limit 1) d on true
-    where r.state = 'failed' and r.ended_at <= :until and (:since is null or r.ended_at >= :since)
+    where (r.state = 'failed' or r.partial) and r.ended_at <= :until and (:since is null or r.ended_at >= :since)
       and (:pipeline is null or r.pipeline = :pipeline)
+      and (r.state = 'failed' or exists (
+        select from stepfast.steps s where s.run_id = r.id and s.state in ('discarded', 'cancelled')))
 """
 
 
