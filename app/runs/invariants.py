@@ -24,8 +24,8 @@ RULES = {
     2: "No attempt starts before its dependencies are completed (or ended discarded or cancelled under `continue`).",
     3: "No step is executed whose gate is not true of the recorded outputs that it pinned, nor before its approval.",
     4: "One key in one generation has one recorded outcome; the same key with other inputs is refused.",
-    5: "Every unfinished run has a claim, a retry or a message on its way, or a person, key or run that it waits for; of a "
-    "concurrency key one run at a time is under way.",
+    5: "Every unfinished run has a claim, a retry or a message on its way, or a person, key or run that it waits for; "
+    "of a concurrency key one run at a time is under way.",
     6: "Every discarded step has exactly one open dead letter until it is resolved; resuming it resolves it.",
     7: "An effect whose outcome is unknown is never repeated by itself, and no gate repeats one that happened.",
     8: "Every attempt has a start and an end in the events, and the events tell the same as the tables.",
