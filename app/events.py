@@ -35,6 +35,7 @@ class Event(StrEnum):
     STEP_OVERRIDDEN = "step.overridden"
     STEP_SETTLED = "step.settled"
     STEP_CANCELLED = "step.cancelled"
+    STEP_DISMISSED = "step.dismissed"  # a person discarded its dead letter
 
     # Only logged.
     STEP_STALE_CLAIM = "step.stale_claim"

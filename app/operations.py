@@ -237,5 +237,5 @@ def _known_agent(worker: "Worker", run_id: "UUID", agent_id: str) -> "Agent":
 
 
 def dispatch(worker: "Worker", run_id: "UUID") -> None:
-    """Sends whatever of a run may start and is not sent yet."""
+    """Sends what comes next in the queues that a run's steps wait for: these steps, if nothing is before them."""
     canvas.send_unsent(worker.store.take_unsent(run_id, _STEPS_AT_ONCE_MAX), worker.definition)

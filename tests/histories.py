@@ -121,9 +121,9 @@ class Bench:
         self.sql("update stepfast.workers set ended_at = stepfast.now() where id = :w", w=self.worker)
         self.session.execute(text("select pg_advisory_unlock(7083, :w)"), {"w": self.worker})
 
-    def start(self, order: str, more: int = 0, repo: str = "r") -> UUID:
+    def start(self, order: str, more: int = 0, repo: str = "r", priority: int = 0) -> UUID:
         run_input = {"order": order, "repo": repo, "more": more}
-        run_id, _ = self.store.enqueue("random", run_input, tenant=self.tenant)
+        run_id, _ = self.store.enqueue("random", run_input, tenant=self.tenant, priority=priority)
         self.runs.append(run_id)
         return run_id
 
@@ -144,6 +144,16 @@ class Bench:
         return sorted(
             (StepKey(row.run_id, row.agent) for row in found), key=lambda s: (self.runs.index(s.run_id), s.agent)
         )
+
+    def send(self) -> None:
+        """Sends what comes next: before whatever is not sent, the highest priority first, then the oldest run."""
+        rank = (
+            "select s.run_id, s.agent from stepfast.steps s join stepfast.runs r on r.id = s.run_id"
+            " where s.state = 'available' and s.sent_at is null order by r.priority desc, r.created_at, r.id, s.agent"
+        )
+        waiting = [StepKey(row.run_id, row.agent) for row in self.sql(rank)]
+        sent = [entry.step for entry in self.store.take_unsent(None, 100)]
+        assert sent == waiting[: len(sent)], f"{sent} is not what comes first of {waiting}"
 
     def run_states(self) -> dict[UUID, str]:
         return {

@@ -35,7 +35,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 EVENLY = [
     *(["work"] * 4 + ["complete"] * 4 + ["some_go_well"] * 3 + ["fail"] * 2 + ["sweep"] * 2 + ["decide"] * 2),
-    *("resume", "resume_from", "override", "worker_dies", "start", "dismiss", "cancel", "handler_is_missing"),
+    *("resume", "resume_from", "override", "worker_dies", "start", "dismiss", "cancel", "handler_is_missing", "send"),
 ]
 
 
@@ -144,7 +144,10 @@ class History(RuleBasedStateMachine):
         if len(self.bench.runs) < RUNS_MAX:
             # The order names a shared key; the rest makes other inputs of it.
             chance = Random(seed)
-            self.bench.start(chance.choice("112"), chance.choice([0, 0, 1]))
+            self.bench.start(chance.choice("112"), chance.choice([0, 0, 1]), priority=chance.choice([0, 0, 5, 9]))
+
+    def send(self, _seed):
+        self.bench.send()
 
     def resume(self, seed):
         self._order(self.bench.orders.resume, Random(seed).choice(self.bench.runs), "me")

@@ -93,7 +93,7 @@ def test_nobody_is_asked_in_a_run_that_has_failed(bench):
 
 
 def test_gate_does_not_repeat_an_unknown_outcome(bench):
-    """A review loop leaves alone what depends on the agent that runs again, and may have had its effect."""
+    """A review loop ends where what depends on the agent that would run again may have had its effect."""
     loop = agent("c", "a", gate="{{a.by}} == 'x'", on_refused=OnRefused("a"))
     run = bench.start(pipeline(agent("a"), agent("b", "a", handler="h.py:f", failure_mode="continue"), loop))
     bench.do(run, "a")
@@ -101,7 +101,9 @@ def test_gate_does_not_repeat_an_unknown_outcome(bench):
     refused, _ = bench.claim(run, "c")
     ending = Ending("rerun", rerun="a", feedback={})
     bench.store.fail(refused.step, refused.attempt_id, ERROR, FREE, ending)
-    assert bench.states(run) == {"a": "available", "b": "discarded", "c": "pending"}
+    assert bench.states(run) == {"a": "completed", "b": "discarded", "c": "discarded"}
+    message = bench.sql("select payload->>'message' from stepfast.dead_letters where agent = 'c'")
+    assert message.endswith("It was not sent back to a, because what b did may not be repeated.")
     assert violations(bench) == []
 
 
@@ -117,26 +119,17 @@ def test_dismissed_letter_does_not_settle_an_outcome(bench):
     assert violations(bench) == []
 
 
-def test_resume_from_frees_an_unknown_key(bench):
-    """To have it done again says that it did not happen: another run that waits for the key goes on."""
-    definition = pipeline(agent("a", handler="h.py:f", key_parts=ORDER))
-    first, second = (bench.start(definition, {"order": "7"}) for _ in range(2))
-    bench.fail(bench.claim(first, "a", repeatable=False)[0], error=UNKNOWN)
-    assert bench.claim(second, "a")[1].reason == "key_unknown"
-    bench.orders.resume_from(first, "a", "me")
-    bench.pass_time(60)
-    bench.sweep()
-    assert bench.claim(second, "a")[1].outcome == "claimed"
-
-
 def test_override_waits_for_its_concurrency_key(bench):
-    """A completed run that an override would set going again does not run beside another one of its key."""
+    """A completed run that an override sets going again waits for another one of its key."""
     definition = pipeline(*line("a", "b").agents, concurrency_parts=({"path": ["input", "repo"]},))
     first, second = (bench.start(definition, {"repo": "r"}) for _ in range(2))
     bench.do(first, "a", "b")
-    bench.claim(second, "a")
-    with pytest.raises(NotPossible, match="same concurrency key"):
-        bench.orders.override(first, "a", {}, "me", None)
+    bench.do(second, "a")
+    assert bench.orders.override(first, "a", {}, "me", None) == ("b",)
+    assert (bench.run_state(first), bench.states(first)["b"]) == ("pending", "pending")
+    bench.do(second, "b")
+    assert bench.do(first, "b").run_state == "completed"
+    assert violations(bench) == []
 
 
 def test_resume_from_leaves_what_was_given_up_in_a_run_that_goes_on(bench):

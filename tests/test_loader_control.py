@@ -100,6 +100,7 @@ FAULTS = [
     ("idempotent: true, failure_mode: continue, output_schema: one}\n  - id: reviewer\n    model: claude-sonnet-5-5\n    depends_on: [coder, linter]",
      "failure_mode: continue, output_schema: one}\n  - id: reviewer\n    model: claude-sonnet-5-5\n    depends_on: [coder]",
      "15:25 error linter would be done again, and is a handler that may not be: give it idempotent: true, or let it depend on reviewer."),
+    ("failure_mode: skip_dependents", "failure_mode: continue", "15:25 warning deployer may have run without reviewer, whose failure_mode is continue, and may not be done again: the loop ends then."),
     ("{{coder.score}} > 0.5", "{{input.repo}} != 'x'", "15:25 error the gate reads nothing of coder or linter: doing that again changes nothing."),
     # Outputs that may be missing.
     ("{{coder.score}} > 0.5", "{{linter.score}} > 0.5", "14:12 error {{linter.score}}: linter may end without an output, since its failure_mode is continue: give it skip_dependents, or do not name it here."),

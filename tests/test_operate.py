@@ -9,6 +9,7 @@ from pipelines import agent, diamond, line, pipeline
 
 from app.errors import NotPossible
 from app.runs.database import engine
+from app.runs.invariants import check
 from app.runs.orders import Orders
 from app.runs.store import Ending, Store
 
@@ -22,6 +23,11 @@ def bench(database_url):
     made.orders = Orders(store.engine)
     yield made
     store.engine.dispose()
+
+
+def violations(bench):
+    with bench.store.engine.connect() as connection:
+        return check(connection)
 
 
 def _suspend(bench, run, name, digest="d1", expires_ms=None):
@@ -59,6 +65,10 @@ def test_change_after_the_approval_asks_again(bench):
     with pytest.raises(NotPossible):
         _decide(bench, run, "a", approved=True, digest="d1")
     assert _decide(bench, run, "a", approved=True, digest="d2") == "approved"
+    # Who had approved, and why, stays on record beside why that holds no more.
+    assert bench.sql(
+        "select array[state, decided_by, reason, void_reason] from stepfast.approvals where digest = 'd1'"
+    ) == ["void", "ann", "because", "what was approved changed"]
 
 
 def test_first_decision_counts(bench):
@@ -269,12 +279,13 @@ def test_one_run_at_a_time_for_a_concurrency_key(bench):
     bid, _ = bench.claim(first, "a")
     bench.fail(bid)
     assert [bench.states(run)["a"] for run in (second, third)] == ["available", "pending"]
-    with pytest.raises(NotPossible, match="concurrency key"):
-        bench.orders.resume(first, "me")
+    # Resumed, it waits for its turn, which comes before that of what was created after it.
+    assert bench.orders.resume(first, "me") == ("a",)
+    assert (bench.run_state(first), bench.states(first)["a"]) == ("pending", "pending")
     bench.do(second, "a")
-    bench.orders.cancel(third, "me", None)
-    bench.orders.resume(first, "me")
+    assert [bench.states(run)["a"] for run in (first, third)] == ["available", "pending"]
     assert bench.do(first, "a").run_state == "completed"
+    assert bench.do(third, "a").run_state == "completed"
 
 
 def test_many_starts_with_one_concurrency_key_run_in_order(bench):
@@ -287,6 +298,49 @@ def test_many_starts_with_one_concurrency_key_run_in_order(bench):
         (unsent,) = bench.store.take_unsent(None, 100)
         bench.do(unsent.step.run_id, "a")
     assert bench.sql("select count(*) from stepfast.runs where state = 'completed'") == 17
+
+
+@pytest.mark.parametrize("end", ["deadline", "halt_pipeline"])
+def test_next_run_of_a_concurrency_key_waits_for_what_executes(bench, end):
+    """A run that has failed holds its key until the last step of it that still executed has ended."""
+    definition = pipeline(
+        agent("a"), agent("b"), concurrency_parts=({"text": "one"},), concurrency_key="one", deadline_ms=DAY_MS
+    )
+    first, second = bench.start(definition), bench.start(definition)
+    executing, _ = bench.claim(first, "a")
+    if end == "deadline":
+        bench.pass_time(DAY_MS / 1000 + 1)
+        bench.sql("update stepfast.runs set deadline_at = null where id = :r", r=second)
+        bench.sweep(lease_ms=CALM_MS)
+    else:
+        bench.fail(bench.claim(first, "b")[0])
+    third = bench.start(definition)
+    assert bench.run_state(first) == "failed"
+    assert [set(bench.states(run).values()) for run in (second, third)] == [{"pending"}, {"pending"}]
+    bench.complete(executing)
+    assert [set(bench.states(run).values()) for run in (second, third)] == [{"available"}, {"pending"}]
+    assert violations(bench) == []
+
+
+def test_cancelled_run_frees_its_concurrency_key_at_once(bench):
+    """Whoever cancels ends what executes by force, and does not wait for a process that may be stuck."""
+    definition = pipeline(agent("a"), concurrency_parts=({"text": "one"},), concurrency_key="one")
+    first, second = bench.start(definition), bench.start(definition)
+    bench.claim(first, "a")
+    bench.orders.cancel(first, "me", None)
+    assert bench.states(second) == {"a": "available"}
+
+
+def test_resumed_run_that_has_nothing_to_do_does_not_wait_for_its_key(bench):
+    """A late confirmation left nothing open: the run completes, whoever else of its key is under way."""
+    definition = pipeline(agent("a", handler="handlers:a"), concurrency_parts=({"text": "one"},), concurrency_key="one")
+    first, second = bench.start(definition), bench.start(definition)
+    late = _die(bench, first, "a")
+    assert bench.states(second) == {"a": "available"}
+    bench.complete(late)
+    bench.orders.resume(first, "me")
+    assert bench.run_state(first) == "completed"
+    assert violations(bench) == []
 
 
 def test_deadline_of_a_run_fails_it(bench):
@@ -302,14 +356,6 @@ def test_deadline_of_a_run_fails_it(bench):
     assert bench.do(run, "b").run_state == "completed"
 
 
-def test_higher_priority_is_sent_first(bench):
-    """0 to 9, at dispatch from Postgres."""
-    bench.store.publish(line("a"))
-    runs = {priority: bench.store.enqueue("tested", {}, priority=priority)[0] for priority in (0, 9, 5)}
-    sent = [bench.store.take_unsent(None, 1)[0].step.run_id for _ in range(3)]
-    assert sent == [runs[9], runs[5], runs[0]]
-
-
 def test_discarded_letter_is_resolved_and_its_step_stays(bench):
     """`dead discard`: nobody needs to look at it again."""
     run = bench.start(line("a"))
@@ -320,3 +366,6 @@ def test_discarded_letter_is_resolved_and_its_step_stays(bench):
     assert bench.orders.discard_letter(letter, "me") is False
     assert bench.orders.discard_letter(uuid4(), "me") is False
     assert bench.states(run) == {"a": "discarded"}
+    told = bench.sql("select data from stepfast.events where name = 'step.dismissed'")
+    assert told == {"dead_letter": str(letter), "by": "me"}
+    assert violations(bench) == []

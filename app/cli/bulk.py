@@ -125,8 +125,6 @@ def _send_canary(worker: "Worker", failed: "FailedRuns", outcome: Outcome) -> No
     deadline, pause = Deadline.after_ms(CANARY_MAX_MS), threading.Event()
     while not deadline.passed:
         now = failed.progress(outcome.canary, agent)
-        if now["state"] == StepState.COMPLETED or now["run_state"] == RunState.COMPLETED:
-            return
         if now["state"] == StepState.SUSPENDED:
             outcome.left = "the first waits for a person"
             return
@@ -135,6 +133,8 @@ def _send_canary(worker: "Worker", failed: "FailedRuns", outcome: Outcome) -> No
             outcome.left = (
                 f"the first failed {'in the same way' if same else 'again'} ({now['code']}: {now['message']})"
             )
+            return
+        if now["state"] == StepState.COMPLETED or now["run_state"] == RunState.COMPLETED:
             return
         pause.wait(POLL_S)
     outcome.left = "the first was not past that step in time"

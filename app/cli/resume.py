@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from app.cli import bulk, embedding, plan, system, watch
+from app.cli import bulk, embedding, output, plan, system, watch
 from app.errors import Misuse
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ def _resume(run: str, from_agent: str | None, *, follow: bool, workers: "Embeddi
     agents = operations.resume(worker, run_id, by=system.user(), from_agent=from_agent)
     before = max(entry["seq"] for entry in reads.event_list(run_id) if entry["name"] == "run.resumed") - 1
     if not as_json:
-        print(f"Run {run_id} goes on{' with ' if agents else ''}{', '.join(agents)}.", flush=True)
+        other = reads.run(run_id)["blocked_by"]
+        waits = f"waits for run {output.short(other)}, which has the same concurrency key, then " if other else ""
+        print(f"Run {run_id} {waits}goes on{' with ' if agents else ''}{', '.join(agents)}.", flush=True)
     fields: Json | None = {"resumed": agents} if as_json else None
     follows = follow or workers is not None
     return watch.finish(worker, run_id, follow=follows, fields=fields, embedding=workers, after_seq=before)

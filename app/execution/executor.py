@@ -28,6 +28,7 @@ from app.errors import (
     StaleClaim,
 )
 from app.events import Event
+from app.execution import canvas
 from app.execution.outcome import decide
 from app.execution.persistence import OUTAGE_MAX_S, through_outage
 from app.pipelines import expressions, templates
@@ -104,6 +105,7 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
         )
         reach(CrashPoint.CLAIM_BEFORE, agent.id, str(step.run_id))
         claim = through_outage(lambda: worker.store.claim(bid), max_s=OUTAGE_MAX_S)
+        _send_next(worker, claim)
         deadline = Deadline.after_ms(agent.timeout_ms)
         if claim.outcome == "alone":
             from app.execution import alone
@@ -112,6 +114,14 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
         attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline)
         with events.bound(attempt_id=str(attempt.id), generation=claim.generation):
             return _attempt(attempt, broken)
+
+
+def _send_next(worker: "Worker", claim: Claim) -> None:
+    """Sends what takes the claimed step's place at the broker. What is not sent is found as overdue."""
+    try:
+        canvas.send_unsent(claim.next, worker.definition)
+    except Exception as error:  # noqa: BLE001  # it is not this attempt's failure
+        events.emit(Event.SEND_FAILED, error=str(error))
 
 
 def _attempt(attempt: Attempt, broken: AgentError | None) -> Result:
@@ -352,7 +362,7 @@ def _fail(attempt: Attempt, error: AgentError) -> Result:
         events.emit(Event.STEP_STALE_CLAIM, state="fenced", code=error.code)
         return Result("stale")
     events.emit(
-        _FAILED[ending.action],
+        Event.STEP_DISCARDED if ended.outcome == "discarded" else _FAILED[ending.action],
         code=error.code,
         message=stored["message"],
         retry_ms=ending.retry_ms,

@@ -379,15 +379,23 @@ def _check_loop(draft: Draft, loop: OnRefused, drafts: Mapping[str, Draft], depe
         hint = nearest(loop.rerun, upstream[gated.id])
         section.error("rerun", f"{loop.rerun!r} is not upstream of {gated.id}, so its work cannot be done again.{hint}")
         return
-    # All of these are done again. What depends on the gated agent has not begun when its gate refuses.
+    # All of these are done again. What depends on the gated agent has begun only if that was given up before.
     again = [name for name in drafts if loop.rerun in (name, *upstream[name])]
     begun = [name for name in again if gated.id not in (name, *upstream[name])]
-    for name in begun:
-        if not drafts[name].agent.repeatable:
+    for name in again:
+        if name == gated.id or drafts[name].agent.repeatable:
+            continue
+        if name in begun:
             elsewhere = "" if name in upstream[gated.id] else f", or let it depend on {gated.id}"
             section.error(
                 "rerun",
                 f"{name} would be done again, and is a handler that may not be: give it idempotent: true{elsewhere}.",
+            )
+        elif gated.failure_mode == FailureMode.CONTINUE:
+            section.warn(
+                "rerun",
+                f"{name} may have run without {gated.id}, whose failure_mode is continue, and may not be done again: "
+                "the loop ends then. Give it idempotent: true.",
             )
     if gated.gate and not {path[0] for path in expressions.parse(gated.gate).references} & set(begun):
         section.error("rerun", f"the gate reads nothing of {' or '.join(begun)}: doing that again changes nothing.")

@@ -33,6 +33,7 @@ class Facts:
     letters: "list[Json]"
     approvals: "list[Json]"
     others: "list[Json]"
+    keys: "list[Json]"
 
 
 @dataclass(slots=True)
@@ -47,7 +48,8 @@ class Told:
 
 _IDS = text("select id from stepfast.runs where id > :after order by id limit :limit")
 
-# Letters: those that are open, and those that an event names. Others: unfinished runs of the same concurrency key.
+# Letters: those that are open, and those that an event names. Others: runs of the same concurrency key of which
+# something is under way. Record: what the keys tell of an attempt. Keys: every generation of the attempts' keys.
 _FACTS = text("""
     select to_jsonb(r) - 'input' - 'labels' as run,
         (select jsonb_agg(jsonb_build_object('id', a->'id', 'depends_on', a->'depends_on', 'gate', a->'gate',
@@ -67,7 +69,9 @@ _FACTS = text("""
                                from stepfast.keys k left join stepfast.attempts o
                                    on o.run_id = k.run_id and o.id = k.attempt_id
                                where k.tenant = r.tenant and k.pipeline = r.pipeline and k.agent = a.agent
-                                 and k.key = a.key and k.generation = a.generation)) order by a.number), '[]')
+                                 and k.key = a.key and (k.attempt_id in (a.id, a.reused_from)
+                                                        or (a.state = 'executing' and k.state = 'completed'))
+                               order by k.attempt_id = a.id desc, k.generation desc limit 1)) order by a.number), '[]')
          from stepfast.attempts a where a.run_id = r.id) as attempts,
         (select coalesce(jsonb_agg(to_jsonb(e) - 'run_id' order by e.seq), '[]')
          from stepfast.events e where e.run_id = r.id) as events,
@@ -77,10 +81,14 @@ _FACTS = text("""
                         where e.run_id = r.id and e.name = 'step.discarded')) as letters,
         (select coalesce(jsonb_agg(to_jsonb(v)), '[]') from stepfast.approvals v
          where v.run_id = r.id and v.state in ('requested', 'approved')) as approvals,
-        (select coalesce(jsonb_agg(jsonb_build_object('id', o.id, 'begun', exists (
-                    select from stepfast.steps t where t.run_id = o.id and t.state <> 'pending'))), '[]')
+        (select coalesce(jsonb_agg(o.id), '[]')
          from stepfast.runs o where o.tenant = r.tenant and o.pipeline = r.pipeline and o.id <> r.id
-            and o.concurrency_key = r.concurrency_key and o.state in ('pending', 'running', 'suspended')) as others
+            and o.concurrency_key = r.concurrency_key and exists (
+                select from stepfast.steps t where t.run_id = o.id
+                and t.state in ('available', 'executing', 'retryable', 'suspended'))) as others,
+        (select coalesce(jsonb_agg(to_jsonb(k) order by k.agent, k.key, k.generation), '[]') from stepfast.keys k
+         where k.tenant = r.tenant and k.pipeline = r.pipeline and (k.agent, k.key) in (
+            select a.agent, a.key from stepfast.attempts a where a.run_id = r.id)) as keys
     from stepfast.runs r where r.id = any(:ids)
 """)
 
@@ -113,7 +121,7 @@ def read_facts(connection: "Connection", run_id: UUID | None) -> "Iterator[Facts
                 {agent["id"]: agent for agent in row.agents},
                 {step["agent"]: step for step in row.steps},
                 {attempt["id"]: attempt for attempt in row.attempts},
-                *(row.events, row.letters, row.approvals, row.others),
+                *(row.events, row.letters, row.approvals, row.others, row.keys),
             )
         if run_id:
             return
@@ -160,6 +168,8 @@ def replay(facts: Facts) -> "Iterator[tuple[Json, dict[str, Told], str]]":
         yield event, told, run_state
         name, step = event["name"], told.get(event["agent"])
         run_state = _RUN_STATE_AFTER.get(name, run_state)
+        if name == "run.resumed" and "waits_for" in event["data"]:
+            run_state = "pending"
         if name == "run.cancelled":
             for each in told.values():
                 each.state = "cancelled" if each.state in {"waiting", "executing"} else each.state

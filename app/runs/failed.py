@@ -1,4 +1,4 @@
-"""Failed runs in bulk: which of them a resume can mend, counted by what went wrong and read in pages."""
+"""Failed and partial runs in bulk: which of them a resume can mend, counted by what went wrong, read in pages."""
 
 from dataclasses import dataclass
 from datetime import datetime

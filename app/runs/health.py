@@ -56,14 +56,14 @@ _STUCK = text("""
             when 'executing' then w.ended_at is null and w.lease_until > clock.now
             when 'retryable' then m.scheduled_at > clock.now - :grace * interval '1 s'
             when 'available' then m.queue = any (:busy) or m.sent_at > clock.now - :message * interval '1 s'
+                or (m.sent_at is null and exists (  -- it waits behind what is sent, and is sent as that begins
+                    select from stepfast.steps b where b.queue = m.queue and b.state = 'available'
+                      and b.sent_at > clock.now - :message * interval '1 s'))
             when 'suspended' then exists (
                 select from stepfast.approvals p where p.run_id = m.run_id and p.agent = m.agent
                   and p.state = 'requested' and coalesce(p.expires_at > clock.now - :grace * interval '1 s', true))
             else false end)
-      and not (r.state = 'pending' and r.concurrency_key is not null and exists (
-        select from stepfast.runs o
-        where o.tenant = r.tenant and o.pipeline = r.pipeline and o.concurrency_key = r.concurrency_key
-          and o.state in ('pending', 'running', 'suspended') and (o.created_at, o.id) < (r.created_at, r.id)))
+      and coalesce(stepfast.run_under_way(r.tenant, r.pipeline, r.concurrency_key), r.id) = r.id
     order by r.created_at limit :limit
 """).bindparams(
     *(bindparam(name, type_=Integer()) for name in ("grace", "message", "limit")),

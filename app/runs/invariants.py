@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -23,9 +24,10 @@ RULES = {
     2: "No attempt starts before its dependencies are completed (or ended discarded or cancelled under `continue`).",
     3: "No step is executed whose gate is not true of the recorded outputs that it pinned, nor before its approval.",
     4: "One key in one generation has one recorded outcome; the same key with other inputs is refused.",
-    5: "Every unfinished run has a claim, a retry or a message on its way, or a person, key or run that it waits for.",
+    5: "Every unfinished run has a claim, a retry or a message on its way, or a person, key or run that it waits for; "
+    "of a concurrency key one run at a time is under way.",
     6: "Every discarded step has exactly one open dead letter until it is resolved; resuming it resolves it.",
-    7: "An effect whose outcome is unknown is never repeated by itself.",
+    7: "An effect whose outcome is unknown is never repeated by itself, and no gate repeats one that happened.",
     8: "Every attempt has a start and an end in the events, and the events tell the same as the tables.",
 }
 # A database that is broken throughout need not be listed throughout.
@@ -178,6 +180,16 @@ def _completed_key_problem(attempt: "Json", record: "Json") -> str:
     return "" if same else "its key has other inputs or another output"
 
 
+def _generations_follow(facts: Facts) -> "_Found":
+    """4: a generation of a key, of whatever run, begins once the one before it was completed."""
+    for before, after in pairwise(facts.keys):
+        if (before["agent"], before["key"]) != (after["agent"], after["key"]):
+            continue
+        if before["state"] != "completed" or after["reserved_at"] < before["ended_at"]:
+            which = f"Generation {after['generation']} of the key {after['key']!r}"
+            yield after["agent"], f"{which} began before generation {before['generation']} was completed."
+
+
 def _step_and_attempt_agree(facts: Facts) -> "_Found":
     """5: a step is executing exactly while its attempt is, and suspended exactly while a person is asked."""
     running = {a["id"]: a["agent"] for a in facts.attempts.values() if a["state"] == "executing"}
@@ -195,7 +207,7 @@ def _step_and_attempt_agree(facts: Facts) -> "_Found":
 
 
 _STATES_OF_RUN = {
-    "pending": {"pending", "available", "retryable"},
+    "pending": {"pending", "available", "retryable", "completed", "skipped", "discarded", "cancelled"},
     "failed": {"pending", "executing", "completed", "skipped", "discarded", "cancelled"},
     "completed": {"completed", "skipped", "discarded", "cancelled"},
     "cancelled": {"pending", "completed", "skipped", "discarded", "cancelled"},
@@ -213,15 +225,21 @@ def _run_goes_on(facts: Facts) -> "_Found":
         yield None, f"The run is running, and nothing of it moves: its steps are {', '.join(sorted(states))}."
     if run_state == "suspended" and (moving or "suspended" not in states):
         yield None, f"The run is suspended, and its steps are {', '.join(sorted(states))}."
-    if run_state == "pending" and not moving and not any(other["begun"] for other in facts.others):
+    if run_state == "pending" and not moving and not facts.others:
         yield None, "The run waits for another one of its concurrency key, and there is none."
-    if states != {"pending"} and run_state in {"pending", "running", "suspended"}:
+    if moving or "suspended" in states:
         for other in facts.others:
-            if other["begun"]:
-                yield None, f"Run {other['id']} of the same concurrency key has begun too."
-    settled = any(event["name"] == "step.settled" for event in facts.events)
-    if run_state == "completed" and facts.run["partial"] == (states <= {"completed"}) and not settled:
+            yield None, f"Run {other} of the same concurrency key is under way too."
+    whole = states <= {"completed"} and not any(_ran_without(facts, agent) for agent in facts.steps)
+    if run_state == "completed" and facts.run["partial"] == whole:
         yield None, f"The run is marked partial={facts.run['partial']}, and its steps are {', '.join(sorted(states))}."
+
+
+def _ran_without(facts: Facts, agent: str) -> bool:
+    """Whether the attempt that counts began before something on which it depends had ended as it stands now."""
+    attempt = facts.attempts.get(facts.steps[agent]["attempt_id"], {"decided_by": "nobody"})
+    ended = [facts.steps[other]["ended_at"] for other in facts.agents[agent]["depends_on"]]
+    return not attempt["decided_by"] and any(attempt["started_at"] < at for at in ended)
 
 
 def _nothing_forgotten(facts: Facts) -> "_Found":
@@ -276,7 +294,7 @@ def _unknown(attempt: "Json") -> bool:
 
 
 def _unknown_is_not_repeated(facts: Facts) -> "_Found":
-    """7: after an attempt of unknown outcome its generation is not claimed again, nor reopened by a gate."""
+    """7: after an attempt of unknown outcome its generation is not claimed again, nor reopened but by its own name."""
     unknown = {a["id"]: a for a in facts.attempts.values() if _unknown(a)}
     for attempt in unknown.values():
         if attempt["code"] != "outcome_unknown":
@@ -291,12 +309,26 @@ def _unknown_is_not_repeated(facts: Facts) -> "_Found":
             continue
         if event["name"] == "step.claimed" and event["generation"] == step.generation:
             yield event["agent"], f"It was claimed after attempt {before['number']}, whose outcome is unknown."
-        by_gate = event["name"] == "step.reopened" and event["data"]["reason"].startswith("the gate of ")
-        if by_gate and step.state == "discarded":
+        by_name = f" resumed from {event['agent']}"
+        if event["name"] == "step.reopened" and not event["data"]["reason"].endswith(by_name):
+            why = event["data"]["reason"]
             yield (
                 event["agent"],
-                f"A gate had it done again after attempt {before['number']}, whose outcome is unknown.",
+                f"It was reopened because {why}; the outcome of attempt {before['number']} is unknown.",
             )
+
+
+def _gates_repeat_no_effect(facts: Facts) -> "_Found":
+    """7: only a person has done again what had an effect, or may have had one, and may not be repeated."""
+    done = {
+        (attempt["agent"], attempt["generation"])
+        for attempt in facts.attempts.values()
+        if not attempt["repeatable"] and not attempt["reused_from"] and attempt["state"] in {"completed", "lost"}
+    }
+    for event in facts.events:
+        by_gate = event["name"] == "step.reopened" and event["data"]["reason"].startswith("the gate of ")
+        if by_gate and (event["agent"], event["generation"] - 1) in done:
+            yield event["agent"], f"In generation {event['generation']} a gate had an effect repeated."
 
 
 def _events_are_whole(facts: Facts) -> "_Found":
@@ -368,9 +400,9 @@ _RULES: "dict[int, tuple[Callable[[Facts], _Found], ...]]" = {
     1: (_one_output_a_generation, _commits_hold_the_claim),
     2: (_dependencies_ended,),
     3: (_approved_first, _pins_are_outputs),
-    4: (_key_agrees,),
+    4: (_key_agrees, _generations_follow),
     5: (_step_and_attempt_agree, _run_goes_on, _nothing_forgotten, _key_can_be_settled),
     6: (_letters_agree,),
-    7: (_unknown_is_not_repeated,),
+    7: (_unknown_is_not_repeated, _gates_repeat_no_effect),
     8: (_events_are_whole, _attempts_start_and_end, _events_tell_the_tables),
 }

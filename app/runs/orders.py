@@ -183,9 +183,10 @@ def _agents(run_id: "UUID", answer: "Json") -> tuple[str, ...]:
             next_step=f"Look. If it happened: stepfast override {run_id} {agent} --output FILE. "
             f"If not: stepfast resume {run_id} --from {agent}.",
         )
-    if other := answer.get("blocked_by"):
+    if busy := answer.get("busy"):
         raise NotPossible(
-            f"Run {other} has the same concurrency key and is not ended.", next_step="Wait, or cancel it."
+            f"{', '.join(busy)} is executing and may not be interrupted: nobody would know what it has done.",
+            next_step=f"Wait for its end: stepfast show {run_id} --follow",
         )
     if "state" in answer and answer["run_state"]:
         raise NotPossible(f"The step is {answer['state']} in a run that is {answer['run_state']}.", next_step=see)

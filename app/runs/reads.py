@@ -6,11 +6,11 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import Uuid, func, select, tuple_
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 
 from app.errors import UnknownName
-from app.runs.states import RUN_ENDED, RunState
+from app.runs.states import RunState
 from app.runs.tables import (
     approvals,
     attempts,
@@ -141,7 +141,7 @@ class Reads:
         """A run with its steps in the definition's order, each with its attempts, oldest first.
 
         Keys: those of `run_list` but the counts, input, priority, concurrency_key, deadline_at, version,
-        pipeline_hash, steps, totals, approvals (oldest first), blocked_by (the run before it of its concurrency key).
+        pipeline_hash, steps, totals, approvals (oldest first), blocked_by (the run of its key that it waits for).
         A step has agent, state, generation, attempts, failures, worker_losses, waits, scheduled_at, sent_at, ended_at,
         depends_on, and tries: the rows of its attempts. totals: calls (attempts that were paid for), cost_usd,
         input_tokens, output_tokens.
@@ -172,15 +172,14 @@ class Reads:
         run["totals"] = _totals(tries)
         run["approvals"] = self.approval_list(run_id)
         waits = run["state"] == RunState.PENDING and run["concurrency_key"] is not None
-        run["blocked_by"] = self._first_of_key(run) if waits else None
+        run["blocked_by"] = self._under_way(run) if waits else None
         return run
 
-    def _first_of_key(self, run: "Json") -> str | None:
-        """The unfinished run whose turn it is, of a run's concurrency key; None where it is that run."""
-        same = [runs.c[name] == run[name] for name in ("tenant", "pipeline", "concurrency_key")]
-        query = select(runs.c.id).where(*same, runs.c.state.not_in(RUN_ENDED))
-        (first,) = self._rows(query.order_by(runs.c.created_at, runs.c.id).limit(1)) or [run]
-        return None if first["id"] == run["id"] else str(first["id"])
+    def _under_way(self, run: "Json") -> str | None:
+        """The run of a run's concurrency key that is under way; None where it is that run."""
+        key = (run[name] for name in ("tenant", "pipeline", "concurrency_key"))
+        (found,) = self._rows(select(func.stepfast.run_under_way(*key, type_=Uuid).label("id")))
+        return None if found["id"] == run["id"] else found["id"]
 
     def effect_list(self, run_id: UUID) -> "list[Json]":
         """What a run's handlers did by `ctx.once`: agent, generation, key, state (begun or happened), in that order."""

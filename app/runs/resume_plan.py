@@ -38,9 +38,11 @@ def resume_plan(
     that new runs take, `code_here` the hash of each handler's code in this environment (None: not found here).
 
     Keys: run_id, pipeline, pinned and published ({version, hash}), published_changes (agent: what differs), agents,
-    effects and approvals (those of `agents`), saved_usd, estimate_usd, unpriced (agents that never had a price). Each
-    of `agents` has agent, verdict (reuse, stale, re-run, goes on), reason, generation, changed (input, handler code),
-    published_changes, cost_usd (of what is kept, or what it cost before), effects ({key, state}) and approval.
+    effects and approvals (those of `agents`), loops (agent, rerun, rounds: what a gate that refuses may have done
+    again, and how often), saved_usd, estimate_usd, unpriced (agents that never had a price). Each of `agents` has
+    agent, verdict (reuse, stale, re-run, goes on), reason, generation, changed (input, handler code),
+    published_changes, cost_usd (of what is kept, or what it cost before), effects ({key, state}) and approval (None,
+    "asked" or "asked again").
     """
     steps = {step["agent"]: step for step in run["steps"]}
     differs = _published_changes(pinned, published) if published else {}
@@ -51,7 +53,10 @@ def resume_plan(
         changed = _input_changes(step, steps, after, pinned.by_id[name]) if kept else []
         if _code_changed(step, code_here.get(name)):
             changed.append("handler code")
-        reopened = after[name][1] > step["generation"]
+        refuses = verdict == RERUN and _refuses_again(step, steps, after, pinned.by_id[name])
+        if refuses:
+            reason += "; its gate would refuse the same values"
+        executes = verdict == RERUN and not refuses
         agents.append(
             {
                 "agent": name,
@@ -61,8 +66,8 @@ def resume_plan(
                 "changed": changed,
                 "published_changes": differs.get(name, []),
                 "cost_usd": _cost(step, kept=kept),
-                "effects": _repeats(step, pinned.by_id[name], effects) if reopened else [],
-                "approval": verdict == RERUN and _asked_again(run, step, after, pinned.by_id[name], changed),
+                "effects": _repeats(step, pinned.by_id[name], effects, after[name][1]) if executes else [],
+                "approval": _approval(run, step, after, pinned.by_id[name], changed) if executes else None,
             }
         )
     return {
@@ -72,6 +77,7 @@ def resume_plan(
         "published": _named(published) if published else None,
         "published_changes": differs,
         "agents": agents,
+        "loops": _loops(steps, after, pinned, [entry["agent"] for entry in agents if entry["verdict"] == RERUN]),
         **_sums(agents, pinned),
     }
 
@@ -123,29 +129,66 @@ def _cost(step: "Json", *, kept: bool) -> float | None:
     return next((entry["cost_usd"] for entry in reversed(step["tries"]) if entry["cost_usd"] is not None), None)
 
 
-def _repeats(step: "Json", agent: "Agent", effects: "Sequence[Json]") -> "list[Json]":
-    """The effects that a new generation does again: those on record, or that there may be some off the record."""
+def _refuses_again(
+    step: "Json", steps: "Mapping[str, Json]", after: "Mapping[str, tuple[str, int]]", agent: "Agent"
+) -> bool:
+    """Whether its gate refused, and will read what it has read."""
+    code = (_current(step).get("error") or {}).get("code")
+    return code == "gate_refused" and not _input_changes(step, steps, after, agent)
+
+
+def _executed(entry: "Json") -> bool:
+    """Whether an attempt passed its key, its gate and its approval, so that it may have had an effect."""
+    refused = (entry["error"] or {}).get("code") == "gate_refused"
+    return bool(entry["key"]) and entry["state"] != "suspended" and not entry["reused_from"] and not refused
+
+
+def _repeats(step: "Json", agent: "Agent", effects: "Sequence[Json]", generation: int) -> "list[Json]":
+    """The effects that are done again: those on record, or that there may be some off the record.
+
+    Within their generation what is recorded as happened is not done again.
+    """
     recorded = [
-        {"key": effect["key"], "state": effect["state"]} for effect in effects if effect["agent"] == step["agent"]
+        {"key": effect["key"], "state": effect["state"]}
+        for effect in effects
+        if effect["agent"] == step["agent"] and (effect["generation"] < generation or effect["state"] != "happened")
     ]
-    began = [entry for entry in step["tries"] if entry["state"] in {"completed", "failed", "lost"}]
-    unrecorded = agent.handler and not agent.idempotent and any(not entry["repeatable"] for entry in began)
+    off_record = agent.handler and not agent.idempotent
+    unrecorded = off_record and any(_executed(entry) and not entry["repeatable"] for entry in step["tries"])
     return recorded or ([{"key": None, "state": "unrecorded"}] if unrecorded else [])
 
 
-def _asked_again(
+def _approval(
     run: "Json",
     step: "Json",
     after: "Mapping[str, tuple[str, int]]",
     agent: "Agent",
     changed: "Sequence[str]",
-) -> bool:
-    """An approval holds for what was approved: the same generation, inputs and code."""
+) -> str | None:
+    """How approval will be asked. One that was given holds for what was approved: generation, inputs and code."""
     if not agent.requires_human_approval:
-        return False
-    given = [entry for entry in run["approvals"] if entry["agent"] == agent.id and entry["state"] == "approved"]
+        return None
+    asked = [entry["state"] for entry in run["approvals"] if entry["agent"] == agent.id]
     same = all(after[name] == (StepState.COMPLETED, _generation_of(run, name)) for name in agent.reads)
-    return not given or after[agent.id][1] > step["generation"] or bool(changed) or not same
+    if "approved" in asked and after[agent.id][1] == step["generation"] and not changed and same:
+        return None
+    return "asked again" if asked else "asked"
+
+
+def _loops(
+    steps: "Mapping[str, Json]",
+    after: "Mapping[str, tuple[str, int]]",
+    pinned: "Pipeline",
+    again: "Sequence[str]",
+) -> "list[Json]":
+    """The review loops that what is done again may begin, with the rounds that they have left."""
+    found = []
+    for name in again:
+        loop = pinned.by_id[name].on_refused
+        used = steps[name]["rounds"] if after[name][1] == steps[name]["generation"] else 0
+        if loop and loop.max_rounds > used:
+            found.append({"agent": name, "rerun": loop.rerun, "rounds": loop.max_rounds - used})
+    return found
 
 
 def _generation_of(run: "Json", agent: str) -> int:
@@ -225,8 +268,16 @@ def _consequences(plan: "Json") -> list[str]:
             for effect in plan["effects"]
         )
         told.append(f"Effects that would be repeated: {listed}.")
-    if plan["approvals"]:
-        told.append(f"Approval will be asked again for {', '.join(plan['approvals'])}.")
+    asked: dict[str, list[str]] = {}
+    for entry in plan["agents"]:
+        if entry["approval"]:
+            asked.setdefault(entry["approval"], []).append(entry["agent"])
+    told += [f"Approval will be {how} for {', '.join(names)}." for how, names in asked.items()]
+    told += [
+        f"Where the gate of {loop['agent']} refuses, {loop['rerun']} and what depends on it are done again, at most "
+        f"{loop['rounds']} more {'time' if loop['rounds'] == 1 else 'times'}."
+        for loop in plan["loops"]
+    ]
     return told
 
 

@@ -22,7 +22,7 @@ class StepState(StrEnum):
 
 
 class RunState(StrEnum):
-    PENDING = "pending"  # nothing has started yet
+    PENDING = "pending"  # nothing has started yet; or resumed, and waits for its turn of its concurrency key
     RUNNING = "running"
     SUSPENDED = "suspended"  # nothing runs, and a person is waited for
     COMPLETED = "completed"
@@ -76,6 +76,7 @@ RUN_TRANSITIONS = _table("""
     running                   fail     failed
     pending                   fail     failed
     running                   suspend  suspended
+    running                   queue    pending
     suspended                 approve  running
     suspended                 fail     failed
     suspended                 complete completed

@@ -61,7 +61,8 @@ class Bid:
 class Claim:
     """The answer to a claim. `outcome` is claimed, reuse, bad_key, deferred, alone or stale (see claim.sql).
 
-    `approved` is the digest that a person approved; `feedback` what a later gate read when it sent this step back.
+    `approved` is the digest that a person approved; `feedback` what a later gate read when it sent this step back;
+    `next` the steps of this and other runs that the caller must now send, in this order.
     """
 
     outcome: str
@@ -83,6 +84,7 @@ class Claim:
     run_state: str | None = None
     tenant: str = ""
     held_by: str | None = None
+    next: "tuple[Unsent, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +357,11 @@ class Store:
             wait_ms=bid.wait_ms,
             alone=bid.alone,
         )
-        return Claim(**answer)
+        following = tuple(
+            Unsent(StepKey(UUID(entry["run_id"]), entry["agent"], entry["item"]), entry["pipeline_hash"])
+            for entry in answer.get("next", ())
+        )
+        return Claim(**answer | {"next": following})
 
     def defer(self, step: StepKey, delay_ms: int, reason: str) -> bool:
         """Puts an available step off, counting against nothing. Returns whether it was available."""
@@ -432,7 +438,10 @@ class Store:
     # Sending and rescue.
 
     def take_unsent(self, run_id: UUID | None, limit: int) -> tuple[Unsent, ...]:
-        """Marks available steps as sent; the caller sends them. Of one run, or of all."""
+        """Marks what comes next as sent, in the queues that one run waits for, or in all; the caller sends it in order.
+
+        That may be steps of other runs, and not yet those of this one: see dispatched_max in sweep.sql.
+        """
         return _unsent(self._all(_TAKE_UNSENT, run=run_id, limit=limit))
 
     def take_overdue(self, queues: "Collection[str]", resend_ms: int, limit: int) -> tuple[Unsent, ...]:

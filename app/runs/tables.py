@@ -90,6 +90,8 @@ steps = _table(
     _text("failure_mode"),
     _text("queue"),
     _int("max_worker_losses"),
+    Column("priority", SmallInteger, nullable=False),
+    _time("created_at"),
     _uuid("attempt_id", null=True),
     _int("attempts"),
     _int("failures"),
@@ -97,6 +99,7 @@ steps = _table(
     _int("waits"),
     _int("rounds"),
     _json("feedback", null=True),
+    _bool("repeats"),
     _time("scheduled_at", null=True),
     _time("sent_at", null=True),
     _int("sends"),
@@ -176,6 +179,7 @@ approvals = _table(
     _time("decided_at", null=True),
     _text("decided_by", null=True),
     _text("reason", null=True),
+    _text("void_reason", null=True),
 )
 requests = _table(
     "requests",

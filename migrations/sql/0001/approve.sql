@@ -20,7 +20,8 @@ begin
     end if;
     perform stepfast.free_key(r, s, false, v_now);
     update stepfast.attempts set state = 'suspended', ended_at = v_now where run_id = p_run and id = p_attempt;
-    update stepfast.approvals set state = 'void', decided_at = coalesce(decided_at, v_now), reason = 'what was approved changed'
+    update stepfast.approvals
+    set state = 'void', decided_at = coalesce(decided_at, v_now), void_reason = 'what was approved changed'
     where run_id = p_run and agent = p_agent and item = p_item and state in ('requested', 'approved');
     -- In a run that was halted meanwhile nobody is asked: after the resume the step asks again.
     insert into stepfast.approvals (id, run_id, agent, item, generation, subject, digest, attempt_id, shown, state,

@@ -6,6 +6,7 @@
 --   deferred      nothing was claimed: another run holds the key; the step is retried later
 --   alone         nothing was claimed: workers died under it, so it may run only where it has no neighbours (p_alone)
 --   stale         nothing was claimed: state and run_state say why
+-- and, where steps of the queue wait to be sent, next: those that take this one's place, for the caller to send (send_next).
 -- Called again by the same attempt (its reply was lost), it answers the same.
 create function stepfast.claim_v1(
     p_run uuid, p_agent text, p_item text, p_pipeline_hash text, p_attempt uuid, p_worker bigint,
@@ -22,6 +23,7 @@ declare
     v_reads jsonb;
     v_context jsonb;
     v_key text := '';
+    v_generation integer;  -- of the key
     v_hash text;
     v_part jsonb;
     v_value text;
@@ -58,7 +60,9 @@ begin
         update stepfast.attempts set deadline_at = v_now + p_timeout_ms * interval '1 ms'
         where run_id = p_run and id = p_attempt returning key into v_mine;
         select * into k from stepfast.keys
-        where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_mine and generation = s.generation;
+        where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_mine
+          and (attempt_id = p_attempt or state = 'completed')
+        order by attempt_id = p_attempt desc, generation desc limit 1;
         return v_answer || jsonb_build_object('number', s.attempts) || case
             when v_mine is null then jsonb_build_object('outcome', 'bad_key', 'problem', 'the idempotency key was refused')
             when k.attempt_id <> p_attempt then jsonb_build_object('outcome', 'reuse', 'reused_from', k.attempt_id, 'output',
@@ -90,16 +94,21 @@ begin
     end if;
 
     if v_key is not null then
+        -- The newest generation of the key counts. What is done again on purpose begins the next, once that is completed.
+        select generation + (s.repeats and state = 'completed')::int into v_generation from stepfast.keys
+        where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_key
+        order by generation desc limit 1;
+        v_generation := coalesce(v_generation, 1);
         insert into stepfast.keys (tenant, pipeline, agent, key, generation, state, inputs_hash, run_id, attempt_id,
                                    reserved_at)
-        values (r.tenant, r.pipeline, p_agent, v_key, s.generation, 'reserved', v_hash, p_run, p_attempt, v_now)
+        values (r.tenant, r.pipeline, p_agent, v_key, v_generation, 'reserved', v_hash, p_run, p_attempt, stepfast.now())
         on conflict (tenant, pipeline, agent, key, generation) do nothing;
         if not found then
             select * into k from stepfast.keys
             where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_key
-              and generation = s.generation for update;
-            -- Freed between the two statements: the next message finds it free.
-            if k.key is null or (k.state <> 'completed' and k.inputs_hash = v_hash) then
+              and generation = v_generation for update;
+            -- Freed, or completed, between the statements: the next message finds it so.
+            if k.key is null or s.repeats or (k.state <> 'completed' and k.inputs_hash = v_hash) then
                 update stepfast.steps
                 set state = 'retryable', waits = waits + 1,
                     scheduled_at = v_now + p_wait_ms * power(2, least(waits, 5)) * interval '1 ms'
@@ -107,8 +116,8 @@ begin
                 update stepfast.runs set event_seq = event_seq + 1 where id = p_run;
                 insert into stepfast.events (run_id, seq, name, at, agent, item, generation, data)
                 values (p_run, r.event_seq + 1, 'step.deferred', v_now, p_agent, p_item, s.generation,
-                        jsonb_build_object('reason', 'key_' || coalesce(k.state, 'freed'), 'held_by', k.run_id));
-                return jsonb_build_object('outcome', 'deferred', 'reason', 'key_' || coalesce(k.state, 'freed'),
+                        jsonb_build_object('reason', 'key_' || coalesce(nullif(k.state, 'completed'), 'freed'), 'held_by', k.run_id));
+                return jsonb_build_object('outcome', 'deferred', 'reason', 'key_' || coalesce(nullif(k.state, 'completed'), 'freed'),
                                           'held_by', k.run_id);
             elsif k.inputs_hash <> v_hash then
                 v_answer := v_answer || jsonb_build_object('outcome', 'bad_key', 'problem',
@@ -133,6 +142,12 @@ begin
     insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)
     values (p_run, r.event_seq + 1, 'step.claimed', v_now, p_agent, p_item, s.generation, p_attempt,
             jsonb_build_object('worker', p_worker, 'number', s.attempts + 1, 'reads', v_reads));
+    -- Last, because nothing may be waited for after it: these steps are other runs'.
+    if exists (select from stepfast.steps where queue = s.queue and state = 'available' and sent_at is null) then
+        v_answer := v_answer || jsonb_build_object('next', (
+            select coalesce(jsonb_agg(to_jsonb(n)), '[]')
+            from stepfast.send_next(s.queue, stepfast.dispatched_max() / 2, stepfast.dispatched_max()) n));
+    end if;
     return v_answer;
 end $$;
 

@@ -8,8 +8,7 @@ begin
     update stepfast.keys k set state = 'completed', ended_at = p_now
     from stepfast.attempts a
     where a.run_id = s.run_id and a.id = s.attempt_id and k.tenant = r.tenant and k.pipeline = r.pipeline
-      and k.agent = s.agent and k.key = a.key and k.generation = s.generation and k.attempt_id = s.attempt_id
-      and k.state = 'unknown' and a.state = 'lost';
+      and k.agent = s.agent and k.key = a.key and k.attempt_id = s.attempt_id and k.state = 'unknown' and a.state = 'lost';
     if not found then
         return jsonb_build_object('outcome', 'stale', 'state', s.state, 'run_state', r.state);
     end if;
@@ -68,8 +67,8 @@ begin
         request_id = p_request_id, usage = p_usage, cost_usd = p_cost_usd, reused_from = p_reused_from
     where run_id = p_run and id = p_attempt returning key into v_key;
     update stepfast.keys set state = 'completed', ended_at = v_now
-    where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_key and generation = s.generation
-      and attempt_id = p_attempt and state = 'reserved';
+    where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_key and attempt_id = p_attempt
+      and state = 'reserved';
 
     insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id)
     values (p_run, r.event_seq + 1, case when p_reused_from is null then 'step.completed' else 'step.reused' end, v_now,

@@ -28,7 +28,7 @@ create function stepfast.check_run_transition() returns trigger language plpgsql
 begin
     if not (old.state || ' ' || new.state = any (array[
         'cancelled running', 'completed running', 'failed running', 'pending cancelled', 'pending failed',
-        'pending running', 'running cancelled', 'running completed', 'running failed', 'running suspended',
+        'pending running', 'running cancelled', 'running completed', 'running failed', 'running pending', 'running suspended',
         'suspended cancelled', 'suspended completed', 'suspended failed', 'suspended running'])) then
         raise exception 'a run may not go from % to %', old.state, new.state using errcode = 'SF100';
     end if;

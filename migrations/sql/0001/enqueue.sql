@@ -62,7 +62,8 @@ begin
         perform stepfast.lock_concurrency_key(p_tenant, p_pipeline, v_concurrency);
         v_now := stepfast.now();  -- the order of creation is the order of this lock
         v_waits := exists (select from stepfast.runs r where r.tenant = p_tenant and r.pipeline = p_pipeline
-                           and r.concurrency_key = v_concurrency and r.state in ('pending', 'running', 'suspended'));
+                           and r.concurrency_key = v_concurrency and r.state in ('pending', 'running', 'suspended'))
+                   or stepfast.run_under_way(p_tenant, p_pipeline, v_concurrency) is not null;
     end if;
 
     insert into stepfast.runs (id, tenant, pipeline, pipeline_hash, state, input, input_hash, key, labels, priority,
@@ -81,10 +82,10 @@ begin
         return;
     end if;
 
-    insert into stepfast.steps (run_id, agent, state, depends_on, failure_mode, queue, max_worker_losses)
+    insert into stepfast.steps (run_id, agent, state, depends_on, failure_mode, queue, max_worker_losses, priority, created_at)
     select p_run, a->>'id', case when a->'depends_on' = '[]' and not v_waits then 'available' else 'pending' end,
            array(select jsonb_array_elements_text(a->'depends_on')), a->>'failure_mode', a->>'queue',
-           (a->'retry_policy'->>'max_worker_losses')::int
+           (a->'retry_policy'->>'max_worker_losses')::int, p_priority, v_now
     from jsonb_array_elements(v_agents) a;
     insert into stepfast.events (run_id, seq, name, at, data)
     values (p_run, 1, 'run.enqueued', v_now, jsonb_build_object('pipeline_hash', v_hash, 'input_hash', v_input_hash));

@@ -3,7 +3,8 @@
 -- Ends an attempt that failed. p_action says what becomes of the step:
 --   retry    again after p_retry_ms; a failure that does not count (a 429) is a wait
 --   discard  given up, with a dead letter
---   rerun    its gate refused: p_rerun and everything that depends on it are done again, given p_feedback
+--   rerun    its gate refused: p_rerun and everything that depends on it are done again, given p_feedback; given up
+--            instead where that would repeat an effect
 -- Returns {"outcome": the step's new state, or "stale", "run_state": …, "ready": […]}.
 create function stepfast.fail_v1(
     p_run uuid, p_agent text, p_item text, p_attempt uuid, p_action text, p_error jsonb, p_retry_ms integer,
@@ -17,7 +18,8 @@ declare
     v_seq bigint;
     v_state text;
     v_after record;
-    v_rerun text[];
+    v_again text[];
+    v_done text[];
 begin
     select * into r from stepfast.runs where id = p_run for no key update;
     v_now := stepfast.now();
@@ -26,6 +28,16 @@ begin
         -- My own lost reply, or the fence: either way the step has been dealt with.
         return jsonb_build_object('outcome', case when s.attempt_id = p_attempt then s.state else 'stale' end,
                                   'run_state', r.state);
+    end if;
+    if p_action = 'rerun' then
+        v_again := array[p_rerun] || stepfast.descendants(p_run, p_rerun);
+        -- A gate is no person: it does not have done again what may have had its effect.
+        v_done := stepfast.done_agents(p_run, array_remove(v_again, p_agent));
+        if v_done <> '{}' then
+            p_action := 'discard';
+            p_error := p_error || jsonb_build_object('message', format('%s It was not sent back to %s, because what %s did '
+                'may not be repeated.', p_error->>'message', p_rerun, array_to_string(v_done, ', ')));
+        end if;
     end if;
     perform stepfast.free_key(r, s, p_error->>'code' = 'outcome_unknown', v_now);
     update stepfast.attempts
@@ -50,12 +62,9 @@ begin
         values (p_run, v_seq, case when p_action = 'rerun' then 'step.rerun' else 'step.retry_scheduled' end, v_now,
                 p_agent, p_item, s.generation, p_attempt,
                 jsonb_build_object('code', p_error->>'code', 'message', p_error->>'message', 'retry_ms', p_retry_ms,
-                                   'failures', s.failures, 'rerun', p_rerun));
+                                   'failures', s.failures, 'rerun', p_rerun, 'values', p_error #> '{details,values}'));
         if p_action = 'rerun' then
-            -- A gate is no person: what has an unknown outcome stays as it is.
-            v_rerun := array(select unnest(array[p_rerun] || stepfast.descendants(p_run, p_rerun))
-                             except select unnest(stepfast.unknown_agents(p_run)));
-            v_seq := stepfast.reopen_steps(r, v_rerun, format('the gate of %s refused', p_agent), v_seq, v_now);
+            v_seq := stepfast.reopen_steps(r, v_again, format('the gate of %s refused', p_agent), v_seq, v_now);
             update stepfast.steps set feedback = p_feedback where run_id = p_run and agent = p_rerun;
         end if;
     end if;

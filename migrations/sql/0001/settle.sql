@@ -10,17 +10,24 @@ create function stepfast.descendants(p_run uuid, p_agent text) returns text[] la
     select coalesce(array_agg(distinct agent), '{}') from found
 $$;
 
--- Makes available whatever waits only for what is completed, or for what failed under `continue`. `p_sent`: the caller is
--- about to send the messages.
-create function stepfast.release_steps(p_run uuid, p_sent boolean, p_now timestamptz)
-returns table (agent text, item text) language sql volatile as $$
+-- Makes available whatever waits only for what is completed, or for what failed under `continue`. `p_send`: the caller is
+-- about to send the messages of those that are `sent`: all but those that must wait behind what is not sent yet.
+create function stepfast.release_steps(p_run uuid, p_send boolean, p_now timestamptz)
+returns table (agent text, item text, sent boolean) language sql volatile as $$
+    with free as (
+        select s.agent, s.item, p_send and not coalesce((
+            select u.priority > s.priority or (u.priority = s.priority and u.created_at < s.created_at) from stepfast.steps u
+            where u.queue = s.queue and u.state = 'available' and u.sent_at is null
+            order by u.priority desc, u.created_at limit 1), false) as sent
+        from stepfast.steps s
+        where s.run_id = p_run and s.state = 'pending'
+          and not exists (select from stepfast.steps u
+                          where u.run_id = p_run and u.agent = any (s.depends_on) and u.state <> 'completed'
+                            and not (u.failure_mode = 'continue' and u.state in ('discarded', 'cancelled'))))
     update stepfast.steps s
-    set state = 'available', sent_at = case when p_sent then p_now end, sends = s.sends + p_sent::int
-    where s.run_id = p_run and s.state = 'pending'
-      and not exists (select from stepfast.steps u
-                      where u.run_id = p_run and u.agent = any (s.depends_on) and u.state <> 'completed'
-                        and not (u.failure_mode = 'continue' and u.state in ('discarded', 'cancelled')))
-    returning s.agent, s.item
+    set state = 'available', sent_at = case when f.sent then p_now end, sends = s.sends + f.sent::int
+    from free f where s.run_id = p_run and s.agent = f.agent and s.item = f.item
+    returning s.agent, s.item, f.sent
 $$;
 
 -- Agents of a run whose effect may or may not have happened. Only a person has them done again.
@@ -30,6 +37,22 @@ create function stepfast.unknown_agents(p_run uuid) returns text[] language sql 
     where s.run_id = p_run and s.state = 'discarded' and a.error->>'code' = 'outcome_unknown'
 $$;
 
+-- Those of some agents that in their generation had an effect, or may have had one, and may not be repeated.
+create function stepfast.done_agents(p_run uuid, p_agents text[]) returns text[] language sql stable as $$
+    select coalesce(array_agg(distinct s.agent), '{}')
+    from stepfast.steps s join stepfast.attempts a on a.run_id = s.run_id and a.agent = s.agent and a.generation = s.generation
+    where s.run_id = p_run and s.agent = any (p_agents)
+      and (a.error->>'code' = 'outcome_unknown'
+           or (not a.repeatable and a.reused_from is null and a.state in ('executing', 'completed')))
+$$;
+
+-- Those of some agents that are executing, and whose attempt nobody may interrupt: its outcome would be unknown.
+create function stepfast.busy_agents(p_run uuid, p_agents text[]) returns text[] language sql stable as $$
+    select coalesce(array_agg(s.agent order by s.agent), '{}')
+    from stepfast.steps s join stepfast.attempts a on a.run_id = s.run_id and a.id = s.attempt_id
+    where s.run_id = p_run and s.agent = any (p_agents) and s.state = 'executing' and not a.repeatable
+$$;
+
 -- The lock of a concurrency key. Whoever ends a run that may not have begun takes it before it touches a step: the run before
 -- it may be releasing those steps, under this lock.
 create function stepfast.lock_concurrency_key(p_tenant text, p_pipeline text, p_key text) returns void
@@ -37,7 +60,22 @@ language sql volatile as $$
     select pg_advisory_xact_lock(7084, hashtext(concat_ws('|', p_tenant, p_pipeline, p_key))) where p_key is not null
 $$;
 
--- Lets the next run of a concurrency key begin, after one of them ended.
+-- The run of a concurrency key that is under way: something of it may be claimed, executes, or waits for a time or a person.
+-- One that failed is under way for as long as something of it still executes.
+create function stepfast.run_under_way(p_tenant text, p_pipeline text, p_key text) returns uuid language sql stable as $$
+    select r.id from stepfast.runs r
+    where r.tenant = p_tenant and r.pipeline = p_pipeline and r.concurrency_key = p_key
+      and r.state in ('pending', 'running', 'suspended')
+      and exists (select from stepfast.steps s
+                  where s.run_id = r.id and s.state in ('available', 'executing', 'retryable', 'suspended'))
+    union all
+    select r.id from stepfast.attempts a join stepfast.runs r on r.id = a.run_id
+    where a.state = 'executing' and r.state = 'failed'
+      and r.tenant = p_tenant and r.pipeline = p_pipeline and r.concurrency_key = p_key
+    limit 1
+$$;
+
+-- Lets the next run of a concurrency key begin, once nothing of another one is under way.
 create function stepfast.release_next_run(r stepfast.runs, p_now timestamptz) returns void language plpgsql volatile as $$
 declare
     v_next uuid;
@@ -46,15 +84,21 @@ begin
         return;
     end if;
     perform stepfast.lock_concurrency_key(r.tenant, r.pipeline, r.concurrency_key);
-    select id into v_next from stepfast.runs
-    where tenant = r.tenant and pipeline = r.pipeline and concurrency_key = r.concurrency_key
-      and state in ('pending', 'running', 'suspended') and id <> r.id
-    order by state = 'pending', created_at, id limit 1;
-    if v_next is not null then
-        -- Already begun: nothing of it waits without a dependency, and this changes nothing.
+    if stepfast.run_under_way(r.tenant, r.pipeline, r.concurrency_key) is null then
+        select id into v_next from stepfast.runs
+        where tenant = r.tenant and pipeline = r.pipeline and concurrency_key = r.concurrency_key and state = 'pending'
+        order by created_at, id limit 1;
         perform stepfast.release_steps(v_next, false, p_now);
     end if;
 end $$;
+
+-- Whether something of a run was done without an output that came later: that of an agent that had failed under `continue`.
+create function stepfast.has_gap(p_run uuid) returns boolean language sql stable as $$
+    select exists (
+        select from stepfast.steps u join stepfast.steps s on s.run_id = u.run_id and u.agent = any (s.depends_on)
+        join stepfast.attempts a on a.run_id = s.run_id and a.id = s.attempt_id
+        where u.run_id = p_run and u.failure_mode = 'continue' and a.started_at < u.ended_at and a.decided_by is null)
+$$;
 
 -- Decides what a run does after its steps changed: skips what depends on what failed, releases what may start, and gives the
 -- run its state. Writes the run's row, with its last sequence number. `ready` are the steps that it made available.
@@ -77,7 +121,7 @@ begin
         into v_halts, v_skips from stepfast.steps where run_id = r.id;
         if v_halts then
             -- halt_pipeline: nothing new starts; executing steps finish and are recorded; the rest stay pending.
-            update stepfast.approvals set state = 'void', decided_at = p_now, reason = 'the run failed'
+            update stepfast.approvals set state = 'void', decided_at = p_now, void_reason = 'the run failed'
             where run_id = r.id and state = 'requested';
             update stepfast.steps set state = 'pending', scheduled_at = null, sent_at = null
             where run_id = r.id and state in ('available', 'retryable', 'suspended');
@@ -90,7 +134,7 @@ begin
                         or (u.state in ('discarded', 'cancelled') and u.failure_mode = 'skip_dependents')));
                 v_skips := found;
             end loop;
-            select coalesce(jsonb_agg(jsonb_build_object('agent', agent, 'item', item)), '[]') into ready
+            select coalesce(jsonb_agg(jsonb_build_object('agent', agent, 'item', item)) filter (where sent), '[]') into ready
             from stepfast.release_steps(r.id, p_sent, p_now);
             select bool_or(state in ('available', 'executing', 'retryable')), bool_or(state = 'suspended'),
                    not bool_and(state = 'completed')
@@ -98,7 +142,7 @@ begin
             run_state := case when v_active then case r.state when 'pending' then 'pending' else 'running' end
                               when v_suspended then 'suspended' else 'completed' end;
         end if;
-        v_partial := v_partial and run_state = 'completed';
+        v_partial := run_state = 'completed' and (v_partial or stepfast.has_gap(r.id));
         if run_state in ('completed', 'failed') or (run_state = 'suspended') <> (r.state = 'suspended') then
             v_seq := v_seq + 1;
             insert into stepfast.events (run_id, seq, name, at, data)
@@ -115,7 +159,8 @@ begin
         started_at = case when run_state = 'pending' then started_at else coalesce(started_at, p_now) end,
         ended_at = case when run_state in ('completed', 'failed') then coalesce(ended_at, p_now) else ended_at end
     where id = r.id;
-    if run_state <> r.state and run_state in ('completed', 'failed') then
+    -- Also when the last step ends that still executed after the run had failed.
+    if run_state in ('completed', 'failed') then
         perform stepfast.release_next_run(r, p_now);
     end if;
 end $$;
@@ -128,12 +173,12 @@ declare
 begin
     if p_unknown then
         update stepfast.keys set state = 'unknown', ended_at = p_now
-        where tenant = r.tenant and pipeline = r.pipeline and agent = s.agent and generation = s.generation
-          and key = v_key and attempt_id = s.attempt_id and state = 'reserved';
+        where tenant = r.tenant and pipeline = r.pipeline and agent = s.agent and key = v_key
+          and attempt_id = s.attempt_id and state = 'reserved';
     else
         delete from stepfast.keys
-        where tenant = r.tenant and pipeline = r.pipeline and agent = s.agent and generation = s.generation
-          and key = v_key and attempt_id = s.attempt_id and state = 'reserved';
+        where tenant = r.tenant and pipeline = r.pipeline and agent = s.agent and key = v_key
+          and attempt_id = s.attempt_id and state = 'reserved';
     end if;
 end $$;
 
@@ -158,7 +203,8 @@ begin
                 'worker_losses', s.worker_losses, 'error_fingerprint', v_fingerprint, 'created_at', p_now), p_now);
     insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)
     values (s.run_id, p_seq + 1, 'step.discarded', p_now, s.agent, s.item, s.generation, s.attempt_id,
-            jsonb_build_object('dead_letter', v_id, 'code', p_error->>'code', 'message', p_error->>'message'));
+            jsonb_build_object('dead_letter', v_id, 'code', p_error->>'code', 'message', p_error->>'message',
+                               'values', p_error #> '{details,values}'));
     return p_seq + 1;
 end $$;
 
@@ -183,36 +229,32 @@ begin
     return case when v_repeatable then null else v_error end;
 end $$;
 
--- Opens a new generation of steps: they are done again, on purpose. What executes is taken back; what may have had its effect
--- is discarded instead. Returns the new seq.
+-- Opens a new generation of steps: they are done again, on purpose. What executes is taken back: whoever calls this has
+-- refused, where that would leave an effect unknown. Returns the new seq.
 create function stepfast.reopen_steps(r stepfast.runs, p_agents text[], p_reason text, p_seq bigint, p_now timestamptz)
 returns bigint language plpgsql volatile as $$
 declare
     s stepfast.steps;
-    v_unknown jsonb;
     v_seq bigint := p_seq;
 begin
     for s in select * from stepfast.steps where run_id = r.id and agent = any (p_agents) order by agent, item loop
         if s.state = 'executing' then
-            v_unknown := stepfast.take_back(r, s, jsonb_build_object('code', 'superseded', 'who', 'retry', 'next_step', '',
+            perform stepfast.take_back(r, s, jsonb_build_object('code', 'superseded', 'who', 'retry', 'next_step', '',
                 'details', '{}'::jsonb, 'message', format('%s was started anew because %s.', s.agent, p_reason)), p_now);
-            if v_unknown is not null then
-                v_seq := stepfast.discard_step(r, s, v_unknown, v_seq, p_now);
-                continue;
-            end if;
         end if;
-        -- Where the outcome was unknown, a person says by this that it did not happen: others may take the key.
+        -- Where the outcome was unknown, a person says by this that it did not happen: whoever comes first takes the key,
+        -- and the others take what that gives.
         delete from stepfast.keys k using stepfast.attempts a
         where a.run_id = s.run_id and a.id = s.attempt_id and k.tenant = r.tenant and k.pipeline = r.pipeline
-          and k.agent = s.agent and k.key = a.key and k.generation = s.generation and k.attempt_id = s.attempt_id
-          and k.state = 'unknown' and s.state = 'discarded';
+          and k.agent = s.agent and k.key = a.key and k.attempt_id = s.attempt_id and k.state = 'unknown';
         update stepfast.dead_letters set resolved_at = p_now, resolution = 'resumed', resolved_by = p_reason
         where run_id = r.id and agent = s.agent and item = s.item and resolved_at is null;
-        update stepfast.approvals set state = 'void', decided_at = coalesce(decided_at, p_now), reason = p_reason
+        update stepfast.approvals set state = 'void', decided_at = coalesce(decided_at, p_now), void_reason = p_reason
         where run_id = r.id and agent = s.agent and item = s.item and state in ('requested', 'approved');
         update stepfast.steps
         set state = 'pending', generation = generation + 1, attempt_id = null, ended_at = null, scheduled_at = null,
-            sent_at = null, failures = 0, worker_losses = 0, waits = 0, feedback = null
+            sent_at = null, failures = 0, worker_losses = 0, waits = 0, feedback = null,
+            repeats = repeats or s.state = 'completed'
         where run_id = r.id and agent = s.agent and item = s.item;
         v_seq := v_seq + 1;
         insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)

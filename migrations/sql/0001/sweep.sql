@@ -1,20 +1,60 @@
 -- What every worker does twice a second, so that nothing waits for ever: retries that are due, workers that are gone,
 -- messages that nobody sent. Each part re-checks state in the statement that changes it, and skips what others hold.
 
--- Takes up to p_limit steps that are available and unsent (of one run, or of all), marks them as sent, and returns them
--- to be sent by the caller after this commits. If the caller dies in between, `overdue` finds them.
-create function stepfast.take_unsent_v1(p_run uuid, p_limit integer)
+-- At most so many messages of a queue wait at the broker (a few more, where several processes send at once). What else may
+-- start waits in Postgres, where priority and age decide, and a broker's queue knows neither: this is how many steps an urgent
+-- run finds before it. Claims send what takes the place of what they claimed, so that more would not keep workers busier.
+create function stepfast.dispatched_max() returns integer language sql immutable as 'select 8';
+
+-- Marks steps of a queue that are available and unsent as sent, and returns them in the order in which the caller must send
+-- them, after this commits: the highest priority first, then the oldest run. If the caller dies in between, `overdue` finds
+-- them. So many that p_max wait at the broker; none where more than p_waiting do; at most p_limit.
+create function stepfast.send_next(p_queue text, p_waiting integer, p_max integer, p_limit integer default 100)
 returns table (run_id uuid, pipeline_hash text, agent text, item text) language sql volatile as $$
-    with taken as (
+    with waiting as materialized (
+        select count(*)::integer as steps from (
+            select from stepfast.steps where queue = p_queue and state = 'available' and sent_at is not null limit p_max) w),
+    taken as (
         select s.run_id, s.agent, s.item from stepfast.steps s
-        where s.state = 'available' and s.sent_at is null and (p_run is null or s.run_id = p_run)
-        order by (select priority from stepfast.runs r where r.id = s.run_id) desc, s.run_id
-        limit p_limit for update skip locked)
-    update stepfast.steps s set sent_at = stepfast.now(), sends = s.sends + 1
-    from taken t join stepfast.runs r on r.id = t.run_id
-    where s.run_id = t.run_id and s.agent = t.agent and s.item = t.item and s.state = 'available' and s.sent_at is null
-    returning s.run_id, r.pipeline_hash, s.agent, s.item
+        where s.queue = p_queue and s.state = 'available' and s.sent_at is null
+        order by s.priority desc, s.created_at, s.run_id, s.agent
+        limit (select least(p_limit, case when steps <= p_waiting then p_max - steps else 0 end) from waiting)
+        for update skip locked),
+    marked as (
+        update stepfast.steps s set sent_at = stepfast.now(), sends = s.sends + 1
+        from taken t
+        where s.run_id = t.run_id and s.agent = t.agent and s.item = t.item and s.state = 'available' and s.sent_at is null
+        returning s.run_id, s.agent, s.item, s.priority, s.created_at)
+    select m.run_id, r.pipeline_hash, m.agent, m.item from marked m join stepfast.runs r on r.id = m.run_id
+    order by m.priority desc, m.created_at, m.run_id, m.agent
 $$;
+
+-- What comes next in each queue that has unsent steps (of one run, or of all): up to p_limit steps, of any runs, as send_next.
+create function stepfast.take_unsent_v1(p_run uuid, p_limit integer)
+returns table (run_id uuid, pipeline_hash text, agent text, item text) language plpgsql volatile as $$
+declare
+    v_queue text;
+    v_left integer := p_limit;
+    v_count integer;
+begin
+    -- The queues one by one, each by its first step: a long backlog costs no more to look at than a short one.
+    for v_queue in
+        with recursive q as (
+            (select s.queue from stepfast.steps s where s.state = 'available' and s.sent_at is null and p_run is null
+             order by s.queue limit 1)
+            union all
+            select (select s.queue from stepfast.steps s where s.state = 'available' and s.sent_at is null and s.queue > q.queue
+                    order by s.queue limit 1) from q where q.queue is not null)
+        select q.queue from q where q.queue is not null
+        union
+        select s.queue from stepfast.steps s where s.run_id = p_run and s.state = 'available' and s.sent_at is null
+        order by queue loop
+        return query select * from stepfast.send_next(v_queue, stepfast.dispatched_max(), stepfast.dispatched_max(), v_left);
+        get diagnostics v_count = row_count;
+        v_left := v_left - v_count;
+        exit when v_left <= 0;
+    end loop;
+end $$;
 
 -- Like take_unsent_v1, for overdue steps: those of queues that the caller found empty, and those that were overtaken. A queue
 -- gives its messages in the order in which they were sent, so what was sent well before a step that executes now is not behind
@@ -194,7 +234,7 @@ begin
                 'next_step', format('To go on without a deadline: stepfast resume %s', r.id)), v_seq, v_now);
             v_count := v_count + 1;
         end loop;
-        update stepfast.approvals set state = 'void', decided_at = v_now, reason = 'the run failed'
+        update stepfast.approvals set state = 'void', decided_at = v_now, void_reason = 'the run failed'
         where run_id = r.id and state = 'requested';
         update stepfast.steps set state = 'pending', scheduled_at = null, sent_at = null
         where run_id = r.id and state in ('available', 'retryable', 'suspended');

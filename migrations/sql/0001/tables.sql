@@ -59,7 +59,8 @@ create index runs_deadline on stepfast.runs (deadline_at)
     where deadline_at is not null and state in ('pending', 'running', 'suspended');
 create index runs_created on stepfast.runs (created_at desc);
 create index runs_ended on stepfast.runs (ended_at) where ended_at is not null;
-create index runs_unfinished on stepfast.runs (state, created_at) where state in ('pending', 'running', 'suspended', 'failed');
+create index runs_unfinished on stepfast.runs (state, created_at)
+    where state in ('pending', 'running', 'suspended', 'failed') or partial;
 
 create table stepfast.steps (
     run_id uuid not null references stepfast.runs (id) on delete cascade,
@@ -72,6 +73,8 @@ create table stepfast.steps (
     failure_mode text not null check (failure_mode in ('halt_pipeline', 'skip_dependents', 'continue')),
     queue text not null,
     max_worker_losses integer not null,
+    priority smallint not null,         -- its run's; with the run's created_at the order in which steps are sent
+    created_at timestamptz not null,    -- its run's
     attempt_id uuid,                    -- the attempt that holds the claim, or whose output counts
     attempts integer not null default 0,       -- ever begun: numbers them
     failures integer not null default 0,       -- of the agent, in this generation, since the last resume
@@ -79,6 +82,7 @@ create table stepfast.steps (
     waits integer not null default 0,          -- 429s, reserved keys, missing handlers: count against nothing
     rounds integer not null default 0,         -- how often its refused gate had an earlier agent run again
     feedback jsonb,                            -- what such a gate read, for the agent that runs again
+    repeats boolean not null default false,    -- done again on purpose: opens a new generation of its key
     scheduled_at timestamptz,
     sent_at timestamptz,                -- when its message was last sent; null while available: nobody has sent it
     sends integer not null default 0,
@@ -89,7 +93,7 @@ create table stepfast.steps (
     check (state not in ('executing', 'completed') or attempt_id is not null)
 ) with (fillfactor = 70);
 create index steps_due on stepfast.steps (scheduled_at) where state = 'retryable';
-create index steps_unsent on stepfast.steps (run_id) where state = 'available' and sent_at is null;
+create index steps_unsent on stepfast.steps (queue, priority desc, created_at, run_id, agent) where state = 'available' and sent_at is null;
 create index steps_sent on stepfast.steps (queue, sent_at) where state = 'available' and sent_at is not null;
 
 create table stepfast.attempts (
@@ -131,7 +135,8 @@ create index attempts_deadline on stepfast.attempts (deadline_at) where state = 
 
 -- An attempt that is `suspended` found that a person must approve first; the approved step is claimed by another attempt.
 
--- Idempotency: reserved by a claim; freed by a failure; completed with the attempt's output; or unknown, for a person.
+-- Idempotency: reserved by a claim; freed by a failure; completed with the attempt's output; or unknown, for a person. The
+-- newest generation of a key counts, whichever run it is of; the next one begins after it was completed, and on purpose.
 create table stepfast.keys (
     tenant text not null,
     pipeline text not null,
@@ -180,8 +185,10 @@ create table stepfast.approvals (
     expires_at timestamptz,
     decided_at timestamptz,
     decided_by text,
-    reason text,
-    check ((state = 'requested') = (decided_at is null))
+    reason text,                        -- of whoever decided
+    void_reason text,                   -- why the request, or what was decided, holds no more
+    check ((state = 'requested') = (decided_at is null)),
+    check ((state = 'void') = (void_reason is not null))
 );
 create unique index approvals_open on stepfast.approvals (run_id, agent, item) where state in ('requested', 'approved');
 create index approvals_expiring on stepfast.approvals (expires_at) where state = 'requested' and expires_at is not null;

@@ -55,7 +55,7 @@ select q.id, q.run_id, q.action, q.agent, q.digest, q.requested_by, q.login, q.r
        q.answer
 from stepfast.requests q;
 
--- Of each failed run the open dead letter that decides, and in `held` why a plain resume would not help: a code that none
+-- Of each run that failed or ended in part the open dead letter that decides, and in `held` why a plain resume would not help: a code that none
 -- mends (`NOT_BY_RESUME` in app/runs/explain.py: a test compares), or a decision of a person that it would override.
 create view stepfast.v_failed_runs as
 select r.id, r.pipeline, r.created_at, r.ended_at, d.agent, d.code, d.error_fingerprint, d.message,
@@ -70,4 +70,5 @@ from stepfast.runs r left join lateral (
         'author_mistake', 'gate_refused', 'invalid_input', 'model_refused', 'outcome_unknown']) as never
     from stepfast.dead_letters l where l.run_id = r.id and l.resolved_at is null
     order by never desc, l.created_at, l.agent limit 1) d on true
-where r.state = 'failed';
+where r.state = 'failed' or (r.partial and exists (
+    select from stepfast.steps s where s.run_id = r.id and s.state in ('discarded', 'cancelled')));
