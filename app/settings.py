@@ -53,8 +53,8 @@ class Settings:
     lease_s: float = 10.0
     # How long an advisory lock must stay free before its worker counts as dead: a dropped session is back sooner.
     grace_s: float = 0.5
-    # How often each worker looks for what is due, dead or unsent, and vouches for its children. Half of it and a grace
-    # are what a death costs.
+    # How often each worker looks for what is due, dead or unsent, and vouches for its children. Half of it and the
+    # grace are what a death costs.
     sweep_s: float = 0.5
     # After SIGTERM, how long a worker goes on with what it executes, before it gives it away. Platforms kill after 10 s
     # (Docker, Nomad) or 30 s (Kubernetes, Heroku): to give away takes less than a second, and one is left to spare.

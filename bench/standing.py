@@ -43,7 +43,7 @@ def idle(found: Found, system: System, *, runs: int, seconds: float) -> None:
     _fill(system, runs)
     steps = system.value("select count(*) from stepfast.steps")
     found.figures |= {"finished runs": system.value("select count(*) from stepfast.runs"), "their steps": steps}
-    _idles(found, system, "without sweeps", seconds, STEPFAST_SWEEP_S="1000000")
+    _idles(found, system, "without sweeps", seconds, STEPFAST_SWEEP_S="100000", STEPFAST_LEASE_S="300000")
     _idles(found, system, "with default settings", seconds)
 
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 _DEFINITIONS_MAX = 256
-# Each is given away in a few milliseconds, and no transaction of ours lasts longer than 50.
-_HANDED_OVER_AT_ONCE_MAX = 20
-_HAND_OVER_ROUNDS_MAX = 100
+# As many as a sweep rescues in one transaction, and as often.
+_HANDED_OVER_AT_ONCE_MAX = 5
+_HAND_OVER_ROUNDS_MAX = 200
 
 
 class Worker:
