@@ -197,7 +197,7 @@ def threads(found: Found, system: System, *, calls: int, delay_s: float, cut_eve
 def _cut(system: System) -> tuple[float, float]:
     """Cuts each process's session, and waits until its lock is held again.
 
-    Returns how long the last one took, and the longest that one of them was in doubt: at the grace it counts as dead.
+    Returns how long the last one took, and for how long at most one of them was in doubt.
     """
     ids = system.cut_sessions()
     cut_s = time.monotonic()
@@ -210,12 +210,11 @@ def _cut(system: System) -> tuple[float, float]:
                     select from pg_locks l join pg_stat_activity s using (pid)
                     where l.locktype = 'advisory' and l.classid = 7083 and l.objid::bigint = w.id and l.granted
                         and s.application_name = 'stepfast-presence')) as away,
-                coalesce(max(extract(epoch from coalesce(w.ended_at, stepfast.now()) - w.suspect_since)), 0)::float
-                    as doubt
+                max(extract(epoch from coalesce(w.ended_at, stepfast.now()) - w.suspect_since))::float as doubt
             from stepfast.workers w where w.id = any(:ids)""",
             ids=ids,
         )
-        doubts.append(row.doubt)
+        doubts.append(row.doubt or 0.0)
         return not row.away
 
     eventually(back, within_s=30, what="the sessions' return")

@@ -1,5 +1,7 @@
 """Who is taken for dead, by whom, and when: what the sweep makes of suspicions."""
 
+import os
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -48,6 +50,21 @@ def test_who_was_cut_off_too_is_patient(bench):
     assert _lost(bench) == []
     with pytest.raises(DBAPIError), bench.store.engine.connect() as connection:
         connection.execute(text("select pg_terminate_backend(pg_backend_pid())"))
+    bench.pass_time(0.5)
+    assert _lost(bench) == []
+    bench.pass_time(LEASE_S / 3)
+    assert _lost(bench) == [bench.worker_id]
+
+
+def test_who_has_another_session_is_alive(bench):
+    """A process lost the session with the lock, and is too busy to be back at once: its other sessions say that it lives."""
+    bench.sql(
+        "update stepfast.workers set host = :host, pid = :pid where id = :id",
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        id=bench.worker_id,
+    )
+    assert _lost(bench) == []
     bench.pass_time(0.5)
     assert _lost(bench) == []
     bench.pass_time(LEASE_S / 3)

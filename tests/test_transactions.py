@@ -104,7 +104,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         running = (
             "select pid, xact_start, 1000 * extract(epoch from clock_timestamp() - xact_start)::float, left(query, 60)"
-            " from pg_stat_activity where application_name = 'stepfast' and datname = current_database()"
+            " from pg_stat_activity where application_name like 'stepfast %' and datname = current_database()"
             " and xact_start is not null"
         )
         with self.connection:

@@ -1,5 +1,7 @@
 """The connection to Postgres: the engine, readiness, and migration."""
 
+import os
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,10 +45,11 @@ MIGRATION_LOCK_TIMEOUT_MS = 10_000
 MIGRATION_TIMEOUT_MS = 600_000
 
 
-def engine(url: str, *, pool_max: int, name: str = "stepfast") -> "Engine":
+def engine(url: str, *, pool_max: int, name: str = "") -> "Engine":
     """An engine in autocommit: each of the store's functions is one statement and so one transaction, one round trip.
 
     No ping before use, which would be a second round trip: whoever must not fail at a lost connection repeats its call.
+    Unless they have a `name`, its sessions carry that of the process: while one of them is there, others know it alive.
     Behind a pooler it works as well, where a connection lasts for one transaction: nothing of it outlives a statement.
     """
     address = make_url(url)
@@ -67,7 +70,8 @@ def engine(url: str, *, pool_max: int, name: str = "stepfast") -> "Engine":
         connect_args={
             **LIVELINESS,
             "options": options,
-            "application_name": name,
+            # migrations/sql/0001/sweep.sql looks for it.
+            "application_name": name or f"stepfast {os.getpid()}@{socket.gethostname()}",
             # A prepared statement belongs to a session, which a pooler gives to somebody else meanwhile. Ours call one
             # function each: there is nothing to gain by preparing them.
             "prepare_threshold": None,

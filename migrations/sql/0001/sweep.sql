@@ -102,7 +102,8 @@ end $$;
 -- Finds dead workers. A free advisory lock makes a worker suspect, and so does a lease that ran out; a heartbeat clears it. It
 -- is dead when the suspicion has stood for the grace; and for a lease that ran out as long as a live worker needs for its next
 -- beat, too: after Postgres itself was frozen every lease is old. Likewise for the child of a worker that lives: its parent
--- sees its death sooner, and may have to vouch for it. `judge_ms`: how soon the oldest suspicion is to be looked at again.
+-- sees its death sooner, and may have to vouch for it; and for a process that has other sessions here: it lost the one with the
+-- lock, and is too busy to be back within the grace. `judge_ms`: how soon the oldest suspicion is to be looked at again.
 create function stepfast.bury_workers(p_lease_ms integer, p_grace_ms integer, out lost bigint[], out judge_ms integer)
 language plpgsql volatile as $$
 declare
@@ -115,12 +116,14 @@ declare
     w record;
 begin
     lost := '{}';
-    for w in select c.id, c.suspect_since, c.lease_until, c.has_session, p.id as parent, p.has_session as parent_has_session
+    for w in select c.id, c.suspect_since, c.lease_until, c.has_session,
+                    left(format('stepfast %s@%s', c.pid, c.host), 63) as session_name, p.id as parent, p.has_session as parent_has_session
              from stepfast.workers c left join stepfast.workers p on p.id = c.parent_id and p.ended_at is null
              where c.ended_at is null limit 1000 loop
         v_free := w.has_session and pg_try_advisory_xact_lock(7083, w.id::int);
         continue when not v_free and w.lease_until >= v_now;
-        v_vouched := coalesce(w.parent_has_session and not pg_try_advisory_xact_lock(7083, w.parent::int), false);
+        v_vouched := coalesce(w.parent_has_session and not pg_try_advisory_xact_lock(7083, w.parent::int), false)
+                     or exists (select from pg_stat_activity where application_name = w.session_name);
         v_due := coalesce(w.suspect_since, v_now) + v_grace
                  + case when v_free and not v_vouched then interval '0' else v_beat end;
         if w.suspect_since is not null and v_due < v_now then
