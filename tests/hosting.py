@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import psycopg
 
+# A worker that starts nothing but what it gets a message for, as long as a test lasts.
+UNSWEPT = {"STEPFAST_SWEEP_S": "600", "STEPFAST_LEASE_S": "2000"}
 AGENTS = """
     - {id: check, output_schema: checked}
     - {id: ship, depends_on: [check], requires_human_approval: true}

@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy
 import stepfast
 from conftest import ROOT, eventually
-from hosting import fetch, plain, publish, silent_broker
+from hosting import UNSWEPT, fetch, plain, publish, silent_broker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 RUNS = "select count(*) from stepfast.runs"
@@ -245,7 +245,7 @@ def test_process_that_ends_does_not_wait_for_a_broker():
 
 def test_message_starts_a_run_before_the_sweep_would(system, here, client, pipeline, engine, database_url, broker_url):
     """With a broker, a committed run is sent at once: workers that sweep every 10 minutes carry it out all the same."""
-    system.start_worker(STEPFAST_SWEEP_S="600")
+    system.start_worker(**UNSWEPT)
     import celery
 
     foreign = celery.Celery("host", broker=broker_url)
@@ -284,7 +284,7 @@ def test_message_of_a_rolled_back_run_is_not_sent(client, pipeline, engine, monk
 
 def test_forked_host_sends_too(system, pipeline, database_url, broker_url):
     """Gunicorn's way: the parent has sent, and its child sends by a thread and a connection of its own."""
-    system.start_worker(STEPFAST_SWEEP_S="600")
+    system.start_worker(**UNSWEPT)
     code = """
 import os, sys
 import stepfast

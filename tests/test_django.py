@@ -6,7 +6,7 @@ import djangohost
 import pytest
 from conftest import eventually
 from djangohost import Host
-from hosting import fetch, publish
+from hosting import UNSWEPT, fetch, publish
 
 COUNT = "select count(*) from stepfast.runs"
 
@@ -92,7 +92,7 @@ ATOMIC = """
 
 def test_run_and_order_are_one_transaction(system, host, pipeline):
     """Both or neither, also in a savepoint; errors are clear; the models only read; and the message starts it at once."""
-    system.start_worker(STEPFAST_SWEEP_S="600")
+    system.start_worker(**UNSWEPT)
     assert host.script(ATOMIC) == "good\n"
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import eventually
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from hosting import fetch, publish
+from hosting import UNSWEPT, fetch, publish
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from stepfast.errors import KeyConflict, NotReady
 from stepfast.flask import Stepfast
@@ -60,7 +60,7 @@ def _counts(url) -> tuple[int, int]:
 def test_run_and_ticket_are_one_transaction(system, here, write_skill, make_app, database_url):
     """Both or neither, by the session's commit or rollback; after it the message starts the run at once."""
     pipeline = publish(system, here, write_skill)
-    system.start_worker(STEPFAST_SWEEP_S="600")
+    system.start_worker(**UNSWEPT)
     with make_app().app_context():
         db.session.add(Ticket())
         stepfast.enqueue(pipeline, {"order": 1})
