@@ -11,7 +11,7 @@ from app.runs.database import engine
 from app.runs.store import StepKey, Store
 
 SENT_MAX = 8  # dispatched_max of sweep.sql
-NEVER_S = "600"
+NEVER = {"STEPFAST_SWEEP_S": "600", "STEPFAST_LEASE_S": "1800"}
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def bench(database_url):
 def one_at_a_time(system, here, write_skill):
     """Publishes a pipeline of a handler; the worker that is started executes one step at a time, and never sweeps."""
     name = system.publish(here, write_skill("- {id: only}", "def only(ctx): return {}\n"))
-    return name, lambda: system.start_worker(pool="solo", STEPFAST_SWEEP_S=NEVER_S)
+    return name, lambda: system.start_worker(pool="solo", **NEVER)
 
 
 def _started(system, here, runs) -> list[int]:
