@@ -47,8 +47,10 @@ PLAIN = (
     values (%(id)s, 'default', 'bench', %(hash)s, 'pending', '{"order": 1}', %(hash)s, '{}', 0, now(), 1)
     """,
     """
-    insert into plain_steps (run_id, agent, state, depends_on, failure_mode, queue, max_worker_losses)
-    select %(id)s, agent, 'available', '{}', 'halt_pipeline', 'agents', 5 from unnest(%(agents)s::text[]) agent
+    insert into plain_steps (run_id, agent, state, depends_on, failure_mode, queue, max_worker_losses, priority,
+                             created_at)
+    select %(id)s, agent, 'available', '{}', 'halt_pipeline', 'agents', 5, 0, now()
+    from unnest(%(agents)s::text[]) agent
     """,
     """
     insert into plain_events (run_id, seq, name, at, data)

@@ -248,7 +248,7 @@ def test_message_starts_a_run_before_the_sweep_would(system, here, client, pipel
     system.start_worker(**UNSWEPT)
     import celery
 
-    foreign = celery.Celery("host", broker=broker_url)
+    foreign = celery.Celery("host", broker=broker_url, set_as_current=False)
     for start in (
         lambda: _by_session(client, pipeline, engine),
         lambda: _by_session(stepfast.Client(broker=foreign), pipeline, engine),
@@ -385,7 +385,7 @@ def test_celery_of_a_host_starts_runs(system, pipeline, broker_url, database_url
     from kombu import Queue
 
     system.start_worker()
-    foreign = celery.Celery("host", broker=broker_url)
+    foreign = celery.Celery("host", broker=broker_url, set_as_current=False)
     queue = Queue("agents", no_declare=True)
     for _ in range(2):
         foreign.send_task("stepfast.start", (pipeline, {"order": 3}), task_id=str(uuid4()), queue=queue)

@@ -42,7 +42,7 @@ def test_enqueue(system, here, write_skill, database_url, broker_url, monkeypatc
     system.start_worker()
     engine = sqlalchemy.create_engine(database_url)
     first, approval, from_celery = blocks("enqueue.md", "python")
-    names = {"engine": engine, "celery_app": celery.Celery("host", broker=broker_url)}
+    names = {"engine": engine, "celery_app": celery.Celery("host", broker=broker_url, set_as_current=False)}
     exec(first, names)
     assert capsys.readouterr().out == "completed {'shipped': 7}\n"
 

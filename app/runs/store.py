@@ -4,7 +4,6 @@ Every method may raise SQLAlchemy's DBAPIError for an outage; whoever must not f
 same attempt id, and gets the same answer. Nothing here decides: `execution` does, and the functions in migrations/sql.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,8 +15,9 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import BigInteger, Boolean, Double, Integer, Text
 
-from app.errors import KeyConflict, Misuse, UnknownName
+from app.errors import Misuse, UnknownName
 from app.pipelines.model import Pipeline
+from app.runs.refusals import refusal, sqlstate
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -290,7 +290,7 @@ class Store:
                 connection.execute(_MOVE_NAME, {"name": pipeline.name, "hash": pipeline.hash})
                 return stored.rowcount == 1
         except DBAPIError as error:
-            if _sqlstate(error) != "23505":
+            if sqlstate(error) != "23505":
                 raise
             raise Misuse(
                 f"{pipeline.name} {pipeline.version} is published already, with other content.",
@@ -333,7 +333,7 @@ class Store:
                 run=run_id or uuid4(),
             )
         except DBAPIError as error:
-            raise _refusal(error, pipeline) from error
+            raise refusal(error, pipeline) from error
         return rows[0].run_id, rows[0].created
 
     # Steps.
@@ -487,24 +487,3 @@ def _ended(step: StepKey, answer: "Json") -> Ended:
 
 def _unsent(rows: "Sequence[Any]") -> tuple[Unsent, ...]:
     return tuple(Unsent(StepKey(row.run_id, row.agent, row.item), row.pipeline_hash) for row in rows)
-
-
-def _sqlstate(error: DBAPIError) -> str:
-    return getattr(error.orig, "sqlstate", None) or ""
-
-
-def _refusal(error: DBAPIError, pipeline: str) -> Exception:
-    """What enqueue_v1 raised, in our words."""
-    match _sqlstate(error):
-        case "SF001":
-            return UnknownName(
-                f"No pipeline is published as {json.dumps(pipeline)}.", next_step="Run: stepfast publish SKILL"
-            )
-        case "SF002":
-            said = str(error.orig).splitlines()[0]
-            return KeyConflict(f"The {said}.", next_step="Use another key, or the same input.")
-        case "SF003":
-            said = str(error.orig).splitlines()[0]
-            return Misuse(f"{said[:1].upper()}{said[1:]}.")
-        case _:
-            return error
