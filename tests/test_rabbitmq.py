@@ -3,9 +3,12 @@
 import os
 import signal
 
+import celery
 import kombu
 import pytest
+import stepfast
 from conftest import eventually
+from hosting import UNSWEPT, fetch
 
 from app import operations, rabbitmq
 from app.execution import dead_queue, queues
@@ -111,3 +114,16 @@ def test_dead_letter_queue_is_capped(system, on_rabbit, write_skill):
     eventually(lambda: len(system.logged("dead_letter.published")) == 4, what="four letters")
     left = [_take(system.broker_url, dead_queue.QUEUE) for _ in range(3)]
     assert [letter and letter.payload["run_id"] for letter in left] == [*runs[-2:], None]
+
+
+def test_message_of_an_application_starts_its_run(system, on_rabbit, rabbit, write_skill):
+    """The client's message, and a foreign Celery app's, reach queues that neither may declare in its own way."""
+    name = system.publish(on_rabbit, write_skill("- {id: a}", "def a(ctx): return {}\n"))
+    system.start_worker(**UNSWEPT)
+    client = stepfast.Client(system.database_url, rabbit)
+    for _ in range(2):
+        assert client.enqueue(name, {}).result(timeout_s=20) == {"a": {}}
+    foreign = celery.Celery("host", broker=rabbit)
+    foreign.send_task("stepfast.start", (name, {}), queue=kombu.Queue("agents", no_declare=True))
+    ended = "select from stepfast.runs where state = 'completed'"
+    eventually(lambda: len(fetch(system.database_url, ended)) == 3, what="the third run")
