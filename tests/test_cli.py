@@ -269,6 +269,26 @@ def test_run_starts_what_is_published_or_a_file(cli, here, write_skill):
     cli("run", "tested", "--key", "k", "--input", "n=2").refuses(2, "belongs to run")
 
 
+def test_runs_are_started_listed_and_shown_by_tenant_label_and_priority(cli, here, write_skill):
+    """What is asked for at the start is stored, filtered by, and shown; what is none is refused."""
+    folder = write_skill("- {id: only}", "def only(ctx): return {}\n")
+    options = ("--priority", 7, "--tenant", "acme", "--label", "team=shop", "--label", "why=a = b")
+    run = cli("run", folder, *options, "--json").json
+    labels = {"team": "shop", "why": "a = b"}
+    assert (run["priority"], run["tenant"], run["labels"]) == (7, "acme", labels)
+    other = cli("run", "tested", "--json").json["id"]
+    for narrowed in (["--tenant", "acme"], ["--label", "team=shop"], ["--label", "why=a = b", "--label", "team=shop"]):
+        assert [found["id"] for found in cli("runs", *narrowed, "--json").json] == [run["id"]]
+    assert cli("runs", "--label", "team=bank").out.startswith("There is no such run.")
+    shown = cli("show", run["id"]).out
+    for field in ("tenant    acme", "priority  7", "labels    team=shop, why=a = b"):
+        assert f"\n{field}\n" in shown
+    assert "priority" not in cli("show", other).out
+    cli("run", "tested", "--priority", 10).refuses(2, "10 is not in the range 0<=x<=9")
+    cli("run", "tested", "--label", "team").refuses(2, "--label 'team' is no key=value.")
+    cli("runs", "--label", "a=1", "--label", "a=2").refuses(2, "--label gives 'a' twice.")
+
+
 def test_values_of_inputs(cli, here, write_skill, tmp_path):
     """JSON where it is JSON, otherwise text; a file's text is never JSON; a JSON file gives all its fields."""
     folder = write_skill("- {id: only}", "def only(ctx): return {}\n")

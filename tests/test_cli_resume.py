@@ -9,15 +9,15 @@ from pipelines import ONE_TRY, agent, line, pipeline
 
 from app import operations
 from app.cli import bulk
-from app.pipelines.model import FailureMode, Prompt
+from app.pipelines.model import FailureMode, OnRefused, Prompt
 from app.runs import failed
 from app.runs.database import engine
 from app.runs.orders import Orders
-from app.runs.store import Bid, Paid, Store
+from app.runs.store import Bid, Ending, Paid, Store
 
 PRICED = Paid("claude-sonnet-5-5", "req_1", {"input_tokens": 10}, 0.25)
 PLAN_KEYS = {
-    *("run_id", "pipeline", "pinned", "published", "published_changes", "agents", "effects", "approvals"),
+    *("run_id", "pipeline", "pinned", "published", "published_changes", "agents", "effects", "approvals", "loops"),
     *("saved_usd", "estimate_usd", "unpriced"),
 }
 AGENT_KEYS = {
@@ -206,6 +206,62 @@ def test_plan_names_effects_that_are_not_on_record(cli, store):
     assert plan["unpriced"] == ["last"]
 
 
+LOOPED = pipeline(
+    agent("coder"),
+    agent("deployer", "coder", handler="handlers:deploy", queue="handlers", requires_human_approval=True,
+          gate="{{coder.sure}} == true", on_refused=OnRefused("coder", 2)),
+)  # fmt: skip
+
+
+def _refused(store, run_id, rerun):
+    """The deployer's gate refuses; `rerun` is None where its rounds are used up."""
+    bid, _ = _claimed(store, LOOPED, run_id, "deployer")
+    error = {"code": "gate_refused", "who": "operator", "message": "No.", "next_step": "", "details": {}}
+    store.fail(
+        bid.step, bid.attempt_id, error, Paid(), Ending("rerun" if rerun else "discard", rerun=rerun, feedback={})
+    )
+
+
+def test_plan_knows_what_a_gate_refused(cli, store):
+    """What was never executed repeats nothing, and nobody is asked before a gate that would refuse the same again."""
+    run_id = _begin(store, LOOPED)
+    for rerun in ("coder", "coder", None):
+        complete(store, LOOPED, run_id, "coder", {"sure": False}, PRICED)
+        _refused(store, run_id, rerun)
+    plan = cli("resume", run_id, "--plan", "--json").json
+    assert _verdicts(plan) == {"coder": "reuse", "deployer": "re-run"}
+    assert plan["agents"][1]["reason"] == "it was discarded; its gate would refuse the same values"
+    assert (plan["effects"], plan["approvals"], plan["loops"]) == ([], [], [])
+    plan = cli("resume", run_id, "--plan", "--from", "coder", "--json").json
+    assert (plan["effects"], plan["approvals"]) == ([], ["deployer"])
+    assert plan["loops"] == [{"agent": "deployer", "rerun": "coder", "rounds": 2}]
+    shown = cli("resume", run_id, "--plan", "--from", "coder").out
+    assert "Approval will be asked for deployer." in shown
+    assert (
+        "Where the gate of deployer refuses, coder and what depends on it are done again, at most 2 more times."
+        in shown
+    )
+    Orders(store.engine).override(run_id, "coder", {"sure": True}, "ann", None)
+    plan = cli("resume", run_id, "--plan", "--json").json
+    assert (plan["agents"][1]["reason"], plan["approvals"]) == ("it was discarded", ["deployer"])
+
+
+def test_plan_names_effects_of_what_failed_after_it_began(cli, store):
+    """A handler that executed and raised may have done something: its retry by a plain resume does that again, too."""
+    definition = pipeline(agent("pay", handler="handlers:pay", queue="handlers"))
+    run_id = _begin(store, definition)
+    bid, _ = _claimed(store, definition, run_id, "pay")
+    store.begin_effect(bid.step, bid.attempt_id, "charge")
+    store.end_effect(bid.step, bid.attempt_id, "charge", {})
+    error = {"code": "handler_failed", "who": "retry", "message": "No.", "next_step": "", "details": {}}
+    store.fail(bid.step, bid.attempt_id, error, Paid(), Ending("discard"))
+    plan = cli("resume", run_id, "--plan", "--json").json
+    # What is recorded as happened is not done again within its generation; what else it does is not on record.
+    assert plan["effects"] == [{"agent": "pay", "key": None, "state": "unrecorded"}]
+    plan = cli("resume", run_id, "--plan", "--from", "pay", "--json").json
+    assert plan["effects"] == [{"agent": "pay", "key": "charge", "state": "happened"}]
+
+
 def test_plan_is_refused_where_the_resume_is(cli, store):
     """Not failed, an unknown outcome, an agent that is none: the same words, exit 2."""
     definition = line("first", "second")
@@ -370,14 +426,50 @@ def test_few_alike_need_no_canary(cli, store):
     assert (kind["resumed"], kind["canary"]) == (5, None)
 
 
-def test_bulk_reports_what_was_refused(cli, store):
-    """Runs of one concurrency key go one at a time: the others are refused, in one line."""
+def test_bulk_resumes_runs_of_one_concurrency_key_in_their_order(cli, store):
+    """They go one at a time: the others wait for their turn, and nobody has to ask again."""
     keyed = pipeline(agent("a"), concurrency_key="{{input.r}}", concurrency_parts=({"path": ["input", "r"]},))
     store.publish(keyed)
-    for _ in range(3):
-        run_id = store.enqueue(keyed.name, {"r": "one"})[0]
+    runs = [store.enqueue(keyed.name, {"r": "one"})[0] for _ in range(3)]
+    for run_id in runs:
         give_up(store, keyed, run_id, "a")
     done = cli("resume", "--failed", "--yes")
-    assert done.code == 1
-    assert "tested, a (broken): 1 of 3 resumed." in done.out
-    assert "2 refused: Run ... has the same concurrency key and is not ended." in done.out
+    assert done.code == 0
+    assert "tested, a (broken): 3 of 3 resumed." in done.out
+    shown = cli("explain", runs[2]).out
+    assert re.match(r"Run \S+ of tested 1 was resumed, and waits for its turn\. It waits for run \S+, which has", shown)
+    for run_id in runs:
+        complete(store, keyed, run_id, "a", {})
+    assert {run["state"] for run in cli("runs", "--json").json} == {"completed"}
+
+
+def test_resume_says_whose_turn_it_is(cli, store):
+    """A run that must wait for another one of its concurrency key is not said to go on now."""
+    keyed = pipeline(agent("a"), concurrency_key="{{input.r}}", concurrency_parts=({"path": ["input", "r"]},))
+    store.publish(keyed)
+    first, second = (store.enqueue(keyed.name, {"r": "one"})[0] for _ in range(2))
+    give_up(store, keyed, first, "a")
+    said = cli("resume", first).out
+    assert (
+        f"Run {first} waits for run {str(second)[:8]}, which has the same concurrency key, then goes on with a." in said
+    )
+
+
+def test_bulk_resumes_partial_runs_too(cli, store):
+    """The command that `dead` advises mends what it lists: also what was given up in a run that went on without it."""
+    definition = pipeline(agent("a"), agent("notify", failure_mode=FailureMode.SKIP_DEPENDENTS))
+    runs = []
+    for _ in range(2):
+        runs.append(_begin(store, definition))
+        complete(store, definition, runs[-1], "a", {})
+        give_up(store, definition, runs[-1], "notify")
+    advised = cli("dead").following
+    assert advised == ["resume", "--failed", "--pipeline", "tested"]
+    assert "tested, notify (broken): 2 of 2 resumed." in cli(*advised, "--yes").out
+    assert {run["state"] for run in cli("runs", "--json").json} == {"running"}
+    # What a person let be, and what came late, is nobody's failure any more.
+    for run_id in runs:
+        give_up(store, definition, run_id, "notify")
+    for letter in cli("dead", "list", "--json").json:
+        cli("dead", "discard", letter["id"])
+    assert "Left alone, 2 runs" in cli("resume", "--failed", "--yes").out

@@ -232,6 +232,89 @@ def test_suspended_and_blocked(bench):
     assert command == "stepfast show ID --follow"
 
 
+def _confirm_late(bench, mode):
+    """A run of `slow` and `after`: slow's worker is taken for dead, and reports after all."""
+    run = bench.start(pipeline(agent("slow", handler="h.py:f", failure_mode=mode), agent("after", "slow")))
+    late, _ = bench.claim(run, "slow", repeatable=False)
+    bench.sql("update stepfast.workers set ended_at = stepfast.now()")
+    bench.sweep()
+    bench.worker_id = bench.sql(
+        "insert into stepfast.workers (host, pid, code_version, started_at, lease_until)"
+        " values ('h', 2, 1, stepfast.now(), stepfast.now() + interval '9 hours') returning id"
+    )
+    after = bench.claim(run, "after")[0]
+    bench.pass_time(1)
+    bench.complete(late)
+    bench.complete(after)
+    return run
+
+
+def test_late_confirmation_is_told(bench):
+    """Why the run failed, and that it was settled since."""
+    text, command = _explained(bench, _confirm_late(bench, FailureMode.HALT_PIPELINE))
+    assert text == (
+        "Run RUN of tested 1 failed at TIME. The outcome of slow was unknown, until its worker reported after all at TIME. "
+        "Nothing stands against going on. Completed, kept and not paid for again: slow. Not begun: after. To go on from "
+        "there: `stepfast resume RUN`."
+    )
+    assert command == "stepfast resume RUN"
+
+
+def test_gap_that_a_late_confirmation_left_is_told(bench):
+    """Under `continue`: what ran without the output, and how to do that again."""
+    text, command = _explained(bench, _confirm_late(bench, FailureMode.CONTINUE))
+    assert text == (
+        "Run RUN of tested 1 completed in part at TIME. The outcome of slow was unknown, until its worker reported after "
+        "all at TIME. after ran without what slow put out later. Completed, kept and not paid for again: slow, after. To do "
+        "that again, on the output: `stepfast resume RUN --from after`."
+    )
+    assert command == "stepfast resume RUN --from after"
+
+
+def test_review_rounds_are_told(bench):
+    """How often the gate sent the coder back, and the command that has the loop begin anew."""
+    run = bench.start(pipeline(agent("coder"), agent("reviewer", "coder"), agent("deployer", "reviewer")))
+    values = {
+        "code": "gate_refused",
+        "message": "The gate does not hold.",
+        "details": {"values": {"reviewer.ok": False}},
+    }
+    for rerun in ("coder", "coder", None):
+        bench.do(run, "coder", "reviewer")
+        bid, _ = bench.claim(run, "deployer")
+        ending = Ending("rerun", rerun=rerun, feedback={}) if rerun else Ending("discard")
+        bench.store.fail(bid.step, bid.attempt_id, ERROR | values, Paid(), ending)
+    text, command = _explained(bench, run)
+    assert "deployer was given up after 2 rounds of its review loop (gate_refused): The gate does not hold." in text
+    assert text.endswith("On the way: the gate of deployer sent coder back 2 times.")
+    assert command == "stepfast resume RUN --from coder"
+
+
+def test_approval_that_was_voided_is_told(bench):
+    """That somebody had approved, who and why, and what has changed since."""
+    run = bench.start(line("a"))
+    _suspend(bench, run, "a")
+    bench.orders.decide(run, "a", approved=True, digest=None, by="ann", reason="why not")
+    bid, _ = bench.claim(run, "a")
+    bench.store.suspend(bid.step, bid.attempt_id, "d2", None)
+    assert _explained(bench, run)[0].endswith(
+        "it begins once it is approved. An approval by ann (why not) at TIME holds no more: what was approved changed."
+    )
+
+
+def test_discarded_letter_and_override_are_told(bench):
+    """Who discarded the dead letter; and an override that sets a completed run going is no resume."""
+    run = bench.start(line("a", "b"))
+    bench.do(run, "a", "b")
+    bench.orders.override(run, "a", {}, "ann", None)
+    bench.fail(bench.claim(run, "b")[0])
+    bench.orders.discard_letter(bench.sql("select id from stepfast.dead_letters"), "bob")
+    text, _ = _explained(bench, run)
+    assert text.endswith(
+        "On the way: the dead letter of b was discarded by bob; the output of a was given by hand by ann."
+    )
+
+
 def test_long_histories_stay_a_paragraph(bench):
     """Many agents and long messages are cut, and counted."""
     names = [f"a{number}" for number in range(20)]

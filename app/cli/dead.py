@@ -106,7 +106,8 @@ def _show(reads: "Reads", entry: "Json", *, as_json: bool) -> None:
     from app.runs.explain import explain
 
     payload, run_id = entry["payload"], UUID(entry["run_id"])
-    explained = explain(reads.run(run_id), reads.event_list(run_id)).text
+    # As it was when the letter was sent; one that no worker has sent yet is explained as it is now.
+    explained = payload.get("explanation") or explain(reads.run(run_id), reads.event_list(run_id)).text
     if as_json:
         output.print_json({**entry, "explanation": explained})
         return

@@ -12,6 +12,7 @@ from app.pipelines.report import Unreadable
 if TYPE_CHECKING:
     from app.pipelines.model import Json
 
+LABEL_HELP = "Words of your own about the run, to find it by. Repeatable."
 HELP = (
     "K=V gives one field: V is taken as JSON where it is JSON, otherwise as text. "
     "K=@FILE gives a file's text, which is UTF-8. @FILE gives all fields of a JSON object. Repeatable."
@@ -36,6 +37,19 @@ def parse(given: Iterable[str], max_bytes: int) -> "Json":
             if key in found:
                 raise Misuse(f"--input gives {key!r} twice.")
         found |= fields
+    return found
+
+
+def labels(given: Iterable[str]) -> "dict[str, str]":
+    """What `--label K=V` options say; values are text. Raises Misuse."""
+    found: dict[str, str] = {}
+    for text in given:
+        key, separator, value = text.partition("=")
+        if not (key and separator):
+            raise Misuse(f"--label {text!r} is no key=value.", next_step="Write --label KEY=VALUE.")
+        if key in found:
+            raise Misuse(f"--label gives {key!r} twice.")
+        found[key] = value
     return found
 
 

@@ -20,14 +20,22 @@ if TYPE_CHECKING:
 @click.argument("name_or_skill")
 @click.option("--input", "given", multiple=True, metavar="K=V", help=inputs.HELP)
 @click.option("--key", help="Starting twice with one key gives one run.")
+@click.option(
+    "--priority", type=click.IntRange(0, 9), default=0, show_default=True, help="Higher ones start before others."
+)
+@click.option("--tenant", default="default", show_default=True, help="For whom: keys are each tenant's own.")
+@click.option("--label", "labels", multiple=True, metavar="K=V", help=inputs.LABEL_HELP)
 @click.option("--watch", "follow", is_flag=True, help="Follow the run to its end; exit 1 if it fails.")
 @click.option("--embedded", is_flag=True, help="On servers and workers of its own, which live as long as this command.")
 @click.option("--simulate", is_flag=True, help="With --embedded: Claude is simulated, and nothing is paid for.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run, as `show` does, and `created`.")
-def command(
+def command(  # noqa: PLR0913, PLR0917  # one parameter an option
     name_or_skill: str,
     given: tuple[str, ...],
     key: str | None,
+    priority: int,
+    tenant: str,
+    labels: tuple[str, ...],
     follow: bool,
     embedded: bool,
     simulate: bool,
@@ -41,7 +49,7 @@ def command(
     embedding = embeddings.embedding(embedded=embedded, simulate=simulate, skill=skill)
     configured = settings.load()
     pipeline = system.load_skill(skill) if skill else None
-    run_input = inputs.parse(given, configured.input_max_bytes)
+    run_input, labelled = inputs.parse(given, configured.input_max_bytes), inputs.labels(labels)
     from app import operations
 
     # Before anything is started: what is refused here leaves nothing behind.
@@ -54,7 +62,9 @@ def command(
             operations.publish(worker, pipeline)
         name = pipeline.name if pipeline else name_or_skill
         try:
-            started = operations.start(worker, name, run_input, key=key)
+            started = operations.start(
+                worker, name, run_input, key=key, tenant=tenant, labels=labelled, priority=priority
+            )
         except UnknownName as error:
             if Path(name).is_dir():
                 raise UnknownName(error.message, next_step=f"To run the folder: stepfast run ./{name}") from error

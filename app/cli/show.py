@@ -7,6 +7,7 @@ import click
 
 from app.cli import embedding, output, system
 from app.cli.embedding import Embedding
+from app.redaction import redact
 from app.runs.explain import explain
 from app.runs.states import RunState
 
@@ -46,6 +47,7 @@ def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
             "run": found["id"],
             "pipeline": f"{found['pipeline']} {found['version']}",
             "state": state(found),
+            **_asked_for(found),
             "started": f"{output.moment(found['started_at'])} UTC" if found["started_at"] else "not yet",
             "time": output.took(found),
             "cost": cost(found["totals"]),
@@ -55,6 +57,20 @@ def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
     output.console().print(steps_table(found))
     print_ending(found, reads, Embedding() if embedded else None)
     return 0
+
+
+def _asked_for(run: "Json") -> dict[str, str]:
+    """What whoever started it asked for beside the default."""
+    labels = redact(run["labels"])
+    assert isinstance(labels, dict)
+    fields = {
+        "key": run["key"],
+        "tenant": run["tenant"] if run["tenant"] != "default" else "",
+        "priority": str(run["priority"]) if run["priority"] else "",
+        "labels": ", ".join(f"{name}={value}" for name, value in sorted(labels.items())),
+        "deadline": f"{output.moment(run['deadline_at'])} UTC" if run["deadline_at"] else "",
+    }
+    return {name: value for name, value in fields.items() if value}
 
 
 def steps_table(run: "Json") -> "Table":

@@ -2,6 +2,8 @@
 
 Versioned JSON, its id in the message for deduplication; sent at least once; at most `dead_queue_max` wait, the oldest
 leave first. The rows are the truth: nothing here is needed to resume a run.
+
+Before it is sent a letter gets what `explain` says of its run just then, and the command to type next; both stay.
 """
 
 from typing import TYPE_CHECKING
@@ -14,8 +16,12 @@ from app import events
 from app.crashpoints import CrashPoint, reach
 from app.events import Event
 from app.execution.canvas import BROKER_ERRORS
+from app.redaction import redact_text
+from app.runs.explain import explain
+from app.runs.reads import Reads
 
 if TYPE_CHECKING:
+    from app.pipelines.model import Json
     from app.runs.store import Store
 
 QUEUE = "stepfast.dead"
@@ -25,7 +31,7 @@ _DROPPED_AT_ONCE_MAX = 1_000
 
 def publish_pending(store: "Store", dead_queue_max: int) -> int:
     """Sends one batch of what is not sent yet. Returns how many: 0 where the broker is away; the sweep comes back."""
-    payloads = store.unpublished_dead_letters(_BATCH)
+    payloads = [_told(store, payload) for payload in store.unpublished_dead_letters(_BATCH)]
     if not payloads:
         return 0
     try:
@@ -63,3 +69,12 @@ def publish_pending(store: "Store", dead_queue_max: int) -> int:
             dead_letter=payload["id"],
         )
     return len(payloads)
+
+
+def _told(store: "Store", payload: "Json") -> "Json":
+    if "explanation" in payload:
+        return payload
+    reads, run_id = Reads(store.engine), UUID(payload["run_id"])
+    found = explain(reads.run(run_id), reads.event_list(run_id))
+    told = {"explanation": redact_text(found.text), "next_step": found.command}
+    return store.tell(UUID(payload["id"]), told)

@@ -123,11 +123,12 @@ def _letter_page(worker: "Worker", letter_id: UUID) -> "Json":
         "Fingerprint": found["error_fingerprint"],
     }
     resolved = f"{moment(found['resolved_at'])} UTC, {found['resolution']} by {found['resolved_by']}"
-    told = explain(run, reads.event_list(run_id))
+    # As it was when the letter was sent; one that no worker has sent yet is explained as it is now.
+    told = payload.get("explanation") or explain(run, reads.event_list(run_id)).text
     return _row(found) | {
         "facts": [(name, view.text(entry)) for name, entry in facts.items()],
         "message": view.text(payload.get("message", "")),
-        "why": [view.text(told.head), view.text(told.why)],
+        "why": view.text(told),
         "details": view.value(details) if details else [],
         "resolved": view.text(resolved) if found["resolved_at"] else "",
         "held": NOT_BY_RESUME.get(found["code"], ""),

@@ -2,8 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from app.errors import AuthorMistake
+from app.pipelines import templates
 from app.pipelines.feedback import redacted_feedback
 from app.redaction import redact
+from app.runs.explain import given_before
 from app.words import moment, short
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ def asked(
         "gate": f"{agent.gate}, which held" if agent.gate else "",
         "reads": ", ".join(["input", *asking["reads"]]),
         "digest": approval["digest"][:DIGEST_SHOWN_CHARS],
+        "before": given_before(run, agent_id).strip(),
         "requested": f"{moment(approval['requested_at'])} UTC",
         "expires": f"{moment(expires)} UTC" if expires else "never",
     }
@@ -36,7 +40,19 @@ def asked(
         values[f"output of {name}"] = _redacted(by_id[read["attempt"]]["output"], pipeline.by_id[name].schema)
     if step["feedback"]:
         values["sent back with"] = redacted_feedback(step["feedback"], pipeline) or {}
+    if agent.prompt:
+        names = {"run_id": run["id"], "agent": agent_id, "pipeline": pipeline.name, "input": values["input"]}
+        names |= {name: values[f"output of {name}"] for name in asking["reads"]}
+        values["prompt"] = {"system": agent.prompt.system, "user": _rendered(agent.prompt.user, names)}
     return {name: value for name, value in fields.items() if value}, values
+
+
+def _rendered(text: str, names: "Json") -> str:
+    """A prompt with its values; where it cannot have them, as it is written."""
+    try:
+        return templates.render(templates.parse(text), names)
+    except (AuthorMistake, templates.BadText):
+        return text
 
 
 def _redacted(value: "Json", schema: "Json | None") -> "Json":

@@ -3,6 +3,7 @@
 Pure, and the same for the same rows: it reads no clock. Whoever prints it redacts it, and escapes control characters.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -88,7 +89,8 @@ def _head(run: "Json", events: "Sequence[Json]") -> str:
             by = _last(events, "run.cancelled")
             return f"{who} was cancelled{_by(by['data']) if by else ''} at {at}."
         case RunState.PENDING:
-            return f"{who} has not begun."
+            begun = any(step["tries"] for step in run["steps"])
+            return f"{who} was resumed, and waits for its turn." if begun else f"{who} has not begun."
         case RunState.SUSPENDED:
             return f"{who} is suspended: nothing of it can go on before a person decides."
     return f"{who} is running."
@@ -108,7 +110,11 @@ def _ended_badly(run: "Json", events: "Sequence[Json]") -> tuple[list[str], str]
         reasons += [f"{more} more were given up."] if more > 0 else []
     refused = [] if run["state"] == RunState.CANCELLED else _in_state(run, StepState.CANCELLED)
     reasons += [_rejected(step, events) for step in refused]
-    if run["state"] != RunState.CANCELLED and not reasons:
+    gaps = _gaps(run)
+    open_ended = run["state"] != RunState.CANCELLED and not reasons and not gaps
+    reasons += _settled(events)
+    reasons += [f"{agent} ran without what {other} put out later." for agent, other in gaps[:_STEPS_MAX]]
+    if open_ended:
         late = _last(events, "run.failed")
         passed = late is not None and late["data"].get("code") == "run_deadline"
         reasons.append("Its deadline passed." if passed else "Nothing stands against going on.")
@@ -116,6 +122,9 @@ def _ended_badly(run: "Json", events: "Sequence[Json]") -> tuple[list[str], str]
     advice.sort(key=lambda entry: entry[0])
     if advice:
         how, command = advice[0][1:]
+    elif gaps:
+        command = f"{resume} --from {gaps[0][0]}"
+        how = f"To do that again, on the output: `{command}`."
     elif refused:
         how, command = f"`{resume}` asks again.", resume
     else:
@@ -123,9 +132,34 @@ def _ended_badly(run: "Json", events: "Sequence[Json]") -> tuple[list[str], str]
     return [*reasons, *_remains(run), how], command
 
 
+def _settled(events: "Sequence[Json]") -> "list[str]":
+    """What was an unknown outcome until its worker reported after all, and has not been told by a resume since."""
+    resumed = _last(events, "run.resumed")
+    after = resumed["seq"] if resumed else 0
+    return [
+        f"The outcome of {entry['agent']} was unknown, until its worker reported after all at {_moment(entry['at'])}."
+        for entry in events
+        if entry["name"] == "step.settled" and entry["seq"] > after
+    ]
+
+
+def _gaps(run: "Json") -> "list[tuple[str, str]]":
+    """Completed agents that had begun before one on which they depend was completed, with that one."""
+    done = {step["agent"]: step for step in _in_state(run, StepState.COMPLETED)}
+    return [
+        (step["agent"], other)
+        for step in done.values()
+        for other in step["depends_on"]
+        if other in done and not step["tries"][-1]["decided_by"]
+        if step["tries"][-1]["started_at"] < done[other]["ended_at"]
+    ]
+
+
 def _given_up(step: "Json", code: str, message: str) -> str:
     tries = [entry for entry in step["tries"] if entry["generation"] == step["generation"] and entry["error"]]
     after = f" after {_count(len(tries), 'attempt')}" if tries else ""
+    if step["rounds"] and code == "gate_refused":
+        after = f" after {_count(step['rounds'], 'round')} of its review loop"
     # What the agent advises; commands are chosen below.
     hint = str(tries[-1]["error"].get("next_step") or "") if tries else ""
     parts = [f"{step['agent']} was given up{after} ({code}): {_sentence(message)}", _MEANINGS.get(code, "")]
@@ -161,7 +195,8 @@ def _advice(run: "Json", step: "Json", code: str, events: "Sequence[Json]") -> t
         again = f"stepfast run {run['pipeline']}"
         return 1, f"This input stays what it is: `{again}`, with one that fits.", again
     if code == "gate_refused":
-        read = _read_by_gate(run, step)
+        sent_back = _last(events, "step.rerun", agent)
+        read = sent_back["data"]["rerun"] if sent_back else _read_by_gate(run, step)
         if read is None:
             return 2, f"To go on without it, give its output by hand: `{override}`, then `{resume}`.", override
         again = f"{resume} --from {read}"
@@ -270,7 +305,21 @@ def _held(run: "Json", step: "Json") -> str:
     since = f" since {_moment(asked[-1]['requested_at'])}" if asked else ""
     expires = asked[-1]["expires_at"] if asked else None
     until = f" The request expires at {_moment(expires)}." if expires else ""
-    return f"{agent} waits for a person{since}: it begins once it is approved.{until}"
+    return f"{agent} waits for a person{since}: it begins once it is approved.{until}{given_before(run, agent)}"
+
+
+def given_before(run: "Json", agent: str) -> str:
+    """A sentence, after a space, of the last approval that was given for an agent and holds no more; or nothing."""
+    void = [
+        entry
+        for entry in run["approvals"]
+        if entry["agent"] == agent and entry["state"] == "void" and entry["decided_by"]
+    ]
+    if not void:
+        return ""
+    last = void[-1]
+    who = _by({"by": last["decided_by"], "reason": last["reason"]})
+    return f" An approval{who} at {_moment(last['decided_at'])} holds no more: {_sentence(last['void_reason'])}"
 
 
 # What else is worth knowing of any run.
@@ -289,9 +338,15 @@ def _on_the_way(run: "Json", events: "Sequence[Json]") -> "list[str]":
             told.append(f"{step['agent']} failed {_times(len(failed))} ({codes})")
         if lost:
             told.append(f"{step['agent']} was taken from a worker {_times(len(lost))}")
+    rounds = Counter((entry["agent"], entry["data"]["rerun"]) for entry in events if entry["name"] == "step.rerun")
+    told += [f"the gate of {agent} sent {back} back {_times(number)}" for (agent, back), number in rounds.items()]
+    dismissed = [entry for entry in events if entry["name"] == "step.dismissed"]
+    told += [f"the dead letter of {entry['agent']} was discarded{_by(entry['data'])}" for entry in dismissed]
     overridden = [entry for entry in events if entry["name"] == "step.overridden"]
     told += [f"the output of {entry['agent']} was given by hand{_by(entry['data'])}" for entry in overridden]
-    if resumed := [entry for entry in events if entry["name"] == "run.resumed"]:
+    # An override sets a run that was completed going by itself.
+    resumed = [entry for entry in events if entry["name"] == "run.resumed" and "overridden" not in entry["data"]]
+    if resumed:
         told.append(f"it was resumed {_times(len(resumed))}, last{_by(resumed[-1]['data'])}")
     more = [f"{len(told) - _NAMED_MAX} more"] if len(told) > _NAMED_MAX else []
     return [f"On the way: {'; '.join([*told[:_NAMED_MAX], *more])}."] if told else []

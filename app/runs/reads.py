@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 LIST_MAX = 1_000
 EVENTS_MAX = 10_000
 _CANDIDATES_MAX = 5
+# What is the run's, for the order of sending; and how the claim looks for a key.
+_OF_THE_ENGINE = {"priority", "created_at", "repeats"}
 _RUN_COLUMNS = ("id", "pipeline", "state", "partial", "tenant", "key", "labels", "created_at", "started_at", "ended_at")
 
 
@@ -107,6 +109,7 @@ class Reads:
         limit: int = 50,
         state: str | None = None,
         pipeline: str | None = None,
+        tenant: str | None = None,
         labels: "Json | None" = None,
         since: datetime | None = None,
         before: UUID | None = None,
@@ -121,6 +124,8 @@ class Reads:
             query = query.where(runs.c.state == state)
         if pipeline:
             query = query.where(runs.c.pipeline == pipeline)
+        if tenant:
+            query = query.where(runs.c.tenant == tenant)
         if labels:
             query = query.where(runs.c.labels.contains(labels))
         if since:
@@ -166,7 +171,8 @@ class Reads:
         of_step: dict[str, list[Json]] = {}
         for entry in tries:
             of_step.setdefault(entry["agent"], []).append(entry)
-        rows = self._rows(select(steps).where(steps.c.run_id == run_id))
+        of_step_alone = (column for column in steps.c if column.name not in _OF_THE_ENGINE)
+        rows = self._rows(select(*of_step_alone).where(steps.c.run_id == run_id))
         rows.sort(key=lambda row: (order[row["agent"]], row["item"]))
         run["steps"] = [{**row, "tries": of_step.get(row["agent"], [])} for row in rows]
         run["totals"] = _totals(tries)

@@ -240,6 +240,12 @@ _DEFINITION = text("select definition from stepfast.pipelines where hash = :hash
 _UNPUBLISHED = text("""
     select payload from stepfast.dead_letters where published_at is null order by created_at limit :limit
 """)
+# Told once, by whoever comes first.
+_TELL = text("""
+    update stepfast.dead_letters
+    set payload = case when payload ? 'explanation' then payload else payload || :told end
+    where id = :id returning payload
+""").bindparams(bindparam("id", type_=PG_UUID()), bindparam("told", type_=_JSON))
 _MARK_PUBLISHED = text(
     "update stepfast.dead_letters set published_at = stepfast.now() where id = any(:ids)"
 ).bindparams(bindparam("ids", type_=ARRAY(PG_UUID())))
@@ -473,6 +479,10 @@ class Store:
     def unpublished_dead_letters(self, limit: int) -> "list[Json]":
         """Payloads of dead letters whose message was not sent, oldest first."""
         return [row.payload for row in self._all(_UNPUBLISHED, limit=limit)]
+
+    def tell(self, letter_id: UUID, told: "Json") -> "Json":
+        """Adds to a dead letter's payload what is told of it, unless that was done before. Returns the payload."""
+        return self._one(_TELL, id=letter_id, told=told)  # type: ignore[no-any-return]
 
     def mark_published(self, ids: "Collection[UUID]") -> None:
         """Records that their messages were sent."""
