@@ -64,6 +64,10 @@ crashtest: $(VENV)/dev.stamp ## Kill workers at every named point of the bundled
 	@$(BIN)/stepfast crashtest examples/bugfix $(ARGS)
 	@$(BIN)/stepfast crashtest examples/bugfix --broker rabbitmq $(ARGS)
 
+.PHONY: letters
+letters: $(VENV)/dev.stamp ## Resume 10,000 dead letters by one command; prints the time and the peak memory (15 minutes)
+	@LETTERS=10000 $(BIN)/python -m pytest -s tests/test_bulk.py
+
 .PHONY: soak
 soak: $(VENV)/dev.stamp ## Measure recovery under faults (an hour; ARGS="--part wipe --broker rabbitmq", or --help)
 	@$(BIN)/python bench/soak.py $(ARGS)

@@ -73,6 +73,52 @@ def test_damage_breaks_its_rule(bench, rule, damage):
     assert rule in {found.rule for found in violations(bench, run)}
 
 
+REOPENED = (
+    "insert into stepfast.events (run_id, seq, name, at, agent, item, generation, data) select id, event_seq + 1,"
+    " 'step.reopened', stepfast.now(), 'a', '', 2, jsonb_build_object('reason', cast(:reason as text)) from stepfast.runs"
+)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "reason", "found"),
+    [
+        (True, "me resumed from b", {7}),
+        (True, "b was overridden", {7}),
+        (True, "the gate of b refused", {7}),
+        (True, "me resumed from a", set()),
+        (False, "the gate of b refused", {7}),
+        (False, "me resumed from b", set()),
+    ],
+)
+def test_only_who_may_have_an_effect_repeated(bench, unknown, reason, found):
+    """An unknown outcome is settled by its own name; an effect that happened is repeated by a person."""
+    run = bench.start(pipeline(agent("a", handler="h.py:f"), agent("b", "a")))
+    bid, _ = bench.claim(run, "a", repeatable=False)
+    bench.fail(bid, error=UNKNOWN) if unknown else bench.complete(bid)
+    bench.sql(REOPENED, reason=reason)
+    assert {violation.rule for violation in violations(bench, run)} - {8} == found
+
+
+def test_two_runs_of_one_concurrency_key_are_found(bench):
+    """Also where one of them has failed, and something of it still executes."""
+    definition = pipeline(agent("a"), agent("b"), concurrency_parts=({"text": "one"},), concurrency_key="one")
+    first, second = (bench.start(definition) for _ in range(2))
+    bench.claim(first, "a")
+    bench.fail(bench.claim(first, "b")[0])
+    assert violations(bench) == []
+    bench.sql("update stepfast.steps set state = 'available' where run_id = :r", r=second)
+    assert {violation.rule for violation in violations(bench)} == {5}
+
+
+def test_generations_of_a_key_at_one_time_are_found(bench):
+    """The second was reserved before the first was completed."""
+    run = bench.start(line("a", "b"))
+    bench.do(run, "a")
+    changes = '{"generation": 2, "state": "reserved", "ended_at": null, "reserved_at": "2000-01-01"}'
+    bench.sql(f"insert into stepfast.keys select (jsonb_populate_record(k, '{changes}')).* from stepfast.keys k")
+    assert 4 in {violation.rule for violation in violations(bench, run)}
+
+
 def test_repeated_claim_repeats_a_refusal(bench):
     """A claim that was refused its key, or given an output, is answered the same when its reply was lost."""
     definition = pipeline(agent("a", key_parts=ORDER))

@@ -129,6 +129,31 @@ def test_review_loop_ends(system, here, folder):
     assert (run["state"], len(_notes(folder, "coder"))) == ("failed", 3)
 
 
+@pytest.mark.parametrize("mode", [FailureMode.HALT_PIPELINE, FailureMode.CONTINUE])
+def test_resume_of_a_used_up_review_loop_does_what_its_plan_said(system, here, folder, mode):
+    """The gated agent is tried once more and nothing else; what ran without it, and may not be repeated, is not."""
+    on = {"queue": "handlers", "idempotent": True}
+    definition = pipeline(
+        agent("coder", handler="handlers:coder", **on),
+        agent("reviewer", "coder", handler="handlers:reviewer", **on),
+        agent("deployer", "reviewer", handler="handlers:after", gate="{{coder.confidence}} >= 9", failure_mode=mode,
+              on_refused=OnRefused("coder", max_rounds=1), reads=("coder", "reviewer"), **on),
+        agent("notify", "deployer", handler="handlers:after", queue="handlers"),
+    )  # fmt: skip
+    system.start_worker()
+    run_id = _start(here, definition, folder)
+    before = system.ended(run_id)
+    plan = operations.plan_resume(here, run_id, "ann")
+    kept = "re-run" if mode == FailureMode.HALT_PIPELINE else "stale"
+    assert [entry["verdict"] for entry in plan["agents"]] == ["reuse", "reuse", "re-run", kept]
+    assert (plan["effects"], plan["loops"]) == ([], [])
+    operations.resume(here, run_id, "ann")
+    after = system.ended(run_id)
+    more = [len(now["tries"]) - len(was["tries"]) for now, was in zip(after["steps"], before["steps"], strict=True)]
+    assert more == [0, 0, 1, 0]
+    assert [step["generation"] for step in after["steps"]] == [step["generation"] for step in before["steps"]]
+
+
 @pytest.mark.parametrize(
     ("mode", "after", "state"),
     [

@@ -13,6 +13,7 @@ from conftest import eventually, use_broker
 
 from app import operations
 from app.errors import NotPossible
+from app.runs.explain import explain
 from app.runs.reads import Reads
 
 DIAMOND = """
@@ -234,11 +235,17 @@ def test_exhausted_retries_end_in_a_dead_letter_and_resume_goes_on(system, here,
     assert "the disk is on fire" in run["steps"][1]["tries"][0]["error"]["message"]
     letter = eventually(lambda: _dead_message(system), what="the dead letter's message")
     assert (letter["run_id"], letter["agent"], letter["version"]) == (str(started.run_id), "second", 1)
+    # What `explain` said when it was sent, in the message and in the row; that stays what happens next.
+    reads = Reads(here.store.engine)
+    said = explain(reads.run(started.run_id), reads.event_list(started.run_id))
+    assert (letter["explanation"], letter["next_step"]) == (said.text, said.command)
+    assert said.text.startswith(f"Run {str(started.run_id)[:8]} of tested 1.0.0 failed at ")
 
     (tmp_path / "mended").touch()
     assert operations.resume(here, started.run_id, "me") == ("second",)
     assert system.ended(started.run_id)["state"] == "completed"
     assert (tmp_path / "first").read_text() == "once "
+    assert reads.dead_letter(UUID(letter["id"]))["payload"]["explanation"] == letter["explanation"]
 
 
 def test_refused_gate_is_a_failure_with_the_values_that_it_saw(system, here, write_skill):
