@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Flower's executor has at least five threads, which its own questions to workers need too.
 QUESTIONS_AT_ONCE_MAX = 3
 QUESTIONS_WAITING_MAX = 20
+# Of one input, output or detail in the API's answer.
+API_VALUE_MAX_BYTES = 65_536
 PERSON_MAX_CHARS = 200
 NOBODY = "somebody at Flower, without a login"
 

@@ -7,7 +7,7 @@ from tornado import web
 
 from app import operations
 from app.flower import view
-from app.flower.door import Api, Door, Page
+from app.flower.door import API_VALUE_MAX_BYTES, Api, Door, Page
 from app.redaction import cut_json, redact
 from app.runs.explain import NOT_BY_RESUME, explain
 from app.runs.reads import Reads
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 GROUPS_MAX = 100
 PAGE_LETTERS = 50
-API_VALUE_MAX_BYTES = 65_536
 
 
 class LettersPage(Page):

@@ -9,7 +9,7 @@ from tornado import web
 
 from app import operations
 from app.flower import view
-from app.flower.door import Api, Door, Page
+from app.flower.door import API_VALUE_MAX_BYTES, Api, Door, Page
 from app.redaction import cut_json, redact
 from app.runs.asked import asked
 from app.runs.reads import Reads
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 PAGE_RUNS = 50
 API_RUNS_MAX = 200
 API_EVENTS_MAX = 1_000
-# Of one input, output or detail in the API's answer.
-API_VALUE_MAX_BYTES = 65_536
 REASON_MAX_CHARS = 500
 AGES = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7)}
 
