@@ -296,7 +296,7 @@ def test_approval_that_was_voided_is_told(bench):
     _suspend(bench, run, "a")
     bench.orders.decide(run, "a", approved=True, digest=None, by="ann", reason="why not")
     bid, _ = bench.claim(run, "a")
-    bench.store.suspend(bid.step, bid.attempt_id, "d2", None)
+    bench.store.suspend(bid.step, bid.attempt_id, "d2", {}, None)
     assert _explained(bench, run)[0].endswith(
         "it begins once it is approved. An approval by ann (why not) at TIME holds no more: what was approved changed."
     )

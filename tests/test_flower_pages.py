@@ -46,7 +46,7 @@ class Shop:
         self.waiting = self.start({"issue": HOSTILE, "password": SECRET})
         complete(self.store, LINE, self.waiting, "first", {"text": HOSTILE, "score": 0.9, "pin": "swordfish"})
         bid = claim(self.store, LINE, self.waiting, "second")
-        self.store.suspend(bid.step, bid.attempt_id, "d" * 64, None)
+        self.store.suspend(bid.step, bid.attempt_id, "d" * 64, {}, None)
         self.failed = self.start({"issue": "other"})
         give_up(self.store, LINE, self.failed, "first", message=HOSTILE, details={"token": SECRET, "saw": HOSTILE})
         with self.store.engine.connect() as connection:
@@ -155,7 +155,7 @@ def test_who_acted_is_recorded_and_what_was_not_seen_is_not_approved(ann, shop):
     run = shop.start({"issue": "x"})
     complete(shop.store, LINE, run, "first", {"score": 0.9})
     bid = claim(shop.store, LINE, run, "second")
-    shop.store.suspend(bid.step, bid.attempt_id, "e" * 64, None)
+    shop.store.suspend(bid.step, bid.attempt_id, "e" * 64, {}, None)
     seen = ann.get(f"/run/{run}/approve/second").text
     assert f'value="{"e" * 64}"' in seen
     other = ann.post(f"/run/{run}/approve/second", {"_xsrf": ann.token, "digest": "f" * 64})

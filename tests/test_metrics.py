@@ -154,7 +154,7 @@ def test_how_things_stand(bench):
     bench.pass_time(60)
     waiting, asking, failed = (bench.start(line("a")) for _ in range(3))
     bid, _ = bench.claim(asking, "a")
-    bench.store.suspend(bid.step, bid.attempt_id, "d" * 64, None)
+    bench.store.suspend(bid.step, bid.attempt_id, "d" * 64, {}, None)
     bid, _ = bench.claim(failed, "a")
     bench.fail(bid)
     bench.claim(waiting, "a")

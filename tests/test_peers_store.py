@@ -53,7 +53,7 @@ def test_approvals_may_come_in_any_order(bench):
     bench.do(run, "a")
     for name in ("b", "c"):
         bid, _ = bench.claim(run, name)
-        bench.store.suspend(bid.step, bid.attempt_id, f"digest of {name}", None)
+        bench.store.suspend(bid.step, bid.attempt_id, f"digest of {name}", {}, None)
     for name in ("c", "b"):
         bench.orders.decide(run, name, approved=True, digest=f"digest of {name}", by="ann", reason=None)
         assert bench.claim(run, name)[1].approved == f"digest of {name}"
@@ -175,7 +175,7 @@ def test_expired_question_is_not_asked_again_by_itself(bench):
     """Absurd await_event_timeout_does_not_recreate_wait: sweeps and late messages leave it expired."""
     run = bench.start(line("a"))
     bid, _ = bench.claim(run, "a")
-    bench.store.suspend(bid.step, bid.attempt_id, "d", 1_000)
+    bench.store.suspend(bid.step, bid.attempt_id, "d", {}, 1_000)
     bench.pass_time(2)
     assert [bench.sweep(lease_ms=CALM_MS).expired for _ in range(3)] == [1, 0, 0]
     assert bench.claim(run, "a")[1].outcome == "stale"
