@@ -123,7 +123,7 @@ def test_message_of_an_application_starts_its_run(system, on_rabbit, rabbit, wri
     client = stepfast.Client(system.database_url, rabbit)
     for _ in range(2):
         assert client.enqueue(name, {}).result(timeout_s=20) == {"a": {}}
-    foreign = celery.Celery("host", broker=rabbit)
+    foreign = celery.Celery("host", broker=rabbit, set_as_current=False)
     foreign.send_task("stepfast.start", (name, {}), queue=kombu.Queue("agents", no_declare=True))
     ended = "select from stepfast.runs where state = 'completed'"
     eventually(lambda: len(fetch(system.database_url, ended)) == 3, what="the third run")
