@@ -56,10 +56,6 @@ def on_rabbit(system, rabbit, monkeypatch):
         yield current
 
 
-# A letter is sent at least once: where a sweep finds it just when the task sends it, twice.
-NO_SWEEP = {"STEPFAST_LEASE_S": "900", "STEPFAST_SWEEP_S": "300"}
-
-
 def _empty(url):
     """What earlier tests left at the broker, which is one for all of them."""
     with kombu.Connection(url) as connection:
@@ -103,7 +99,8 @@ def test_strays_are_kept_and_dead_letters_are_sent(system, on_rabbit, write_skil
         # Sent before any worker was there: the first thing that one of them meets.
         celery.send_task("stepfast.unknown", (), queue=queue)
         celery.send_task("stepfast.step", ("no-uuid", "a", "0" * 64), queue=queue)
-    system.start_worker(queues="agents,handlers,of_a_skill", **NO_SWEEP)
+    # A letter is sent at least once: where a sweep finds it just when the task sends it, twice.
+    system.start_worker(queues="agents,handlers,of_a_skill", **UNSWEPT)
     strays = [eventually(lambda: _take(system.broker_url, queues.STRAYS), what="a stray").headers for _ in range(4)]
     found = sorted((headers["x-death"][0]["queue"], headers["task"]) for headers in strays)
     assert found == [
@@ -120,7 +117,7 @@ def test_dead_letter_queue_is_capped(system, on_rabbit, write_skill):
     """At most dead_queue_max wait: the oldest leave first."""
     folder = write_skill("- {id: b, retry_policy: {max_attempts: 1}}", HANDLERS)
     name = system.publish(on_rabbit, folder)
-    system.start_worker(STEPFAST_DEAD_QUEUE_MAX="2", **NO_SWEEP)
+    system.start_worker(STEPFAST_DEAD_QUEUE_MAX="2", **UNSWEPT)
     runs = []
     for _ in range(4):
         runs.append(str(operations.start(on_rabbit, name, {"fails": True}).run_id))
