@@ -47,6 +47,8 @@ LEVELS = {
     Event.STEP_OVERRIDDEN: logging.WARNING,
     Event.STEP_SETTLED: logging.WARNING,
     Event.STEP_CANCELLED: logging.WARNING,
+    Event.STEP_DISMISSED: logging.WARNING,
+    Event.REQUEST_REFUSED: logging.WARNING,
     Event.RUN_SUSPENDED: logging.WARNING,
     Event.RUN_CONTINUED: logging.INFO,
     Event.STEP_STALE_CLAIM: logging.WARNING,
