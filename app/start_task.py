@@ -8,7 +8,8 @@ from celery.exceptions import Reject
 from sqlalchemy.exc import DBAPIError
 
 from app import events, operations
-from app.errors import NotReady
+from app.errors import NotReady, StepfastError
+from app.events import Event
 from app.execution import requests, worker
 from app.runs.database import is_outage
 
@@ -31,9 +32,12 @@ def start(self: "Task", pipeline: str, run_input: "Json", key: str | None = None
     events.clear()
     try:
         started = operations.start(worker.current(), pipeline, run_input, key=key or self.request.id, **options)
-    except (NotReady, DBAPIError) as error:
-        if isinstance(error, DBAPIError) and not is_outage(error):
-            raise
+    except (StepfastError, DBAPIError) as error:
+        if not (isinstance(error, NotReady) or (isinstance(error, DBAPIError) and is_outage(error))):
+            # It would be refused again. What it says may hold parts of the input, which are not for logs and events.
+            kind = type(error).__name__
+            events.emit(Event.REQUEST_REFUSED, action="start", pipeline=pipeline, task=self.request.id, message=kind)
+            raise Reject(kind, requeue=False) from error
         # Nothing is recorded yet that a sweep could find: the message itself must come back. Its key makes it one run.
         raise self.retry(exc=error, countdown=RETRY_S, max_retries=RETRIES_MAX) from error
     return str(started.run_id)

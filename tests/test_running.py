@@ -181,6 +181,19 @@ def test_start_comes_back_when_its_worker_dies_with_it(system, here, write_skill
     assert system.ended(runs[0]["id"])["state"] == "completed"
 
 
+def test_start_that_is_refused_shows_no_input(system, here, write_skill):
+    """An unknown pipeline or an impossible priority starts nothing, once, and no line holds the input."""
+    from app.celery import celery
+
+    name = system.publish(here, write_skill(DIAMOND, DIAMOND_HANDLERS))
+    worker = system.start_worker()
+    celery.send_task("stepfast.start", ("nobody", {"n": "the patient is Ada"}), queue="agents")
+    celery.send_task("stepfast.start", (name, {"n": "the patient is Ada"}), {"priority": 99}, queue="agents")
+    eventually(lambda: len(system.logged("request.refused")) == 2, what="both refusals")
+    assert "Ada" not in worker.log.read_text()
+    assert Reads(here.store.engine).run_list() == []
+
+
 def test_celery_starts_a_run_once(system, here, write_skill):
     """`send_task("stepfast.start")`: its key defaults to the task's id, so a redelivery starts nothing twice."""
     from app.celery import celery
