@@ -161,6 +161,37 @@ def test_key_of_what_did_not_happen_is_taken_once(bench):
     assert bench.claim(second, "a", repeatable=False)[1].output == {"charged": 1}
 
 
+def test_key_of_what_happened_gives_its_output_to_whoever_waits(bench):
+    """Settled by an override: the run that waited for the key takes what the person said."""
+    first, second = (bench.start(_keyed(), {"order": "7"}) for _ in range(2))
+    bench.fail(bench.claim(first, "a", repeatable=False)[0], error=UNKNOWN)
+    assert bench.claim(second, "a", repeatable=False)[1].reason == "key_unknown"
+    bench.orders.override(first, "a", {"charged": 7}, "ann", "saw it")
+    bench.pass_time(60)
+    bench.sweep(lease_ms=CALM_MS)
+    taken, claim = bench.claim(second, "a", repeatable=False)
+    assert claim.output == {"charged": 7}
+    bench.store.complete(taken.step, taken.attempt_id, claim.output, FREE, claim.reused_from)
+    # Whoever has it done again makes another outcome, after this one.
+    bench.orders.resume_from(first, "a", "me")
+    assert bench.claim(first, "a", repeatable=False)[1].outcome == "claimed"
+    assert bench.sql("select array_agg(generation order by generation) from stepfast.keys") == [1, 2]
+
+
+def test_same_key_with_other_inputs_is_refused_until_it_is_meant(bench):
+    """By name, where the paths of `key_inputs` differ; `resume --from` the agent does it all the same."""
+    definition = pipeline(agent("a"), agent("b", "a", key_parts=ORDER, key_inputs=(("a", "diff"),), **EFFECT))
+    first, second = (bench.start(definition, {"order": "7"}) for _ in range(2))
+    for run, diff in ((first, "x"), (second, "y")):
+        bench.complete(bench.claim(run, "a")[0], {"diff": diff})
+    bench.complete(bench.claim(first, "b", repeatable=False)[0])
+    bid, claim = bench.claim(second, "b", repeatable=False)
+    assert (claim.outcome, f"belongs to run {first}" in claim.problem) == ("bad_key", True)
+    bench.fail(bid, error={**ERROR, "code": "author_mistake"})
+    bench.orders.resume_from(second, "b", "me")
+    assert bench.claim(second, "b", repeatable=False)[1].outcome == "claimed"
+
+
 def test_resume_from_repeats_whatever_other_runs_did(bench):
     """Each run that is told to do it again does it again, one after the other; a new run takes the newest output."""
     runs = [bench.start(_keyed(), {"order": "7"}) for _ in range(2)]

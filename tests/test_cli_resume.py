@@ -393,6 +393,24 @@ def test_canary_goes_first_and_the_others_follow(cli, system, broken, tmp_path, 
     assert [_attempts(system, run_id) for run_id in broken] == [2] * 8
 
 
+def test_every_canary_goes_before_any_backlog(cli, system, here, write_skill, tmp_path):
+    """Two kinds of failure: the second one's canary does not wait behind the runs of the first."""
+    odd = MENDS.replace("number {", "{'odd' if ctx.run.input['n'] % 2 else 'even'} number {")
+    assert odd != MENDS
+    write_skill("- {id: unused}", odd)
+    system.start_worker()
+    definition = pipeline(agent("a", handler="handlers:a", queue="handlers", retry_policy=ONE_TRY))
+    operations.publish(here, definition)
+    started = [operations.start(here, definition.name, {"folder": str(tmp_path), "n": n}).run_id for n in range(12)]
+    for run_id in started:
+        assert system.ended(run_id)["state"] == "failed"
+    (tmp_path / "mended").touch()
+    done = cli("resume", "--failed", "--yes")
+    assert done.code == 0
+    told = re.findall(r"goes first|of 6 resumed", done.err)
+    assert told == ["goes first", "goes first", "of 6 resumed", "of 6 resumed"]
+
+
 def test_group_is_left_where_its_canary_fails_again(cli, system, broken):
     """The cause is still there: one run is tried, seven are left for when it is gone; exit 1."""
     done = cli("resume", "--failed", "--yes", "--json")

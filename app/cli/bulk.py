@@ -76,8 +76,13 @@ def resume_failed(
                 next_step="To resume them: add --yes. To see them: add --plan.",
             )
             system.ask(f"Resume {count:,} runs?", alone, "Nothing was resumed.", as_json=as_json)
+        # Every canary before any backlog, behind which it would wait.
         for outcome in outcomes:
-            _resume_kind(worker, failed, outcome)
+            if outcome.kind.count > WITHOUT_CANARY_MAX:
+                _send_canary(worker, failed, outcome)
+        for outcome in outcomes:
+            if not outcome.left:
+                _resume_kind(worker, failed, outcome)
     if as_json:
         output.print_json({"kinds": [_plain(outcome) for outcome in outcomes], "held": [_held(kind) for kind in held]})
     else:
@@ -89,10 +94,6 @@ def resume_failed(
 
 def _resume_kind(worker: "Worker", failed: "FailedRuns", outcome: Outcome) -> None:
     kind = outcome.kind
-    if kind.count > WITHOUT_CANARY_MAX:
-        _send_canary(worker, failed, outcome)
-        if outcome.left:
-            return
     for page in failed.pages(kind):
         for run_id in page:
             _resume(worker, run_id, outcome)
