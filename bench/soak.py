@@ -28,7 +28,7 @@ def _faults(found: Found, system: systems.System, seed: int, short: bool) -> Non
     """2,000 runs: workers killed, broker wiped, Postgres restarted."""
     events = [(0.2, IN_ORDER), (0.35, WIPE), (0.6, CRASH), (0.75, WIPE)]
     if short:
-        faults(found, system, runs=60, kill_every_s=8, events=[(0.2, WIPE), (0.4, KILL), (0.6, CRASH)], seed=seed)
+        faults(found, system, runs=40, kill_every_s=8, events=[(0.2, WIPE), (0.4, KILL), (0.6, CRASH)], seed=seed)
     else:
         faults(found, system, runs=2_000, kill_every_s=10, events=events, seed=seed)
 
