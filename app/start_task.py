@@ -37,7 +37,7 @@ def start(self: "Task", pipeline: str, run_input: "Json", key: str | None = None
             # It would be refused again. What it says may hold parts of the input, which are not for logs and events.
             kind = type(error).__name__
             events.emit(Event.REQUEST_REFUSED, action="start", pipeline=pipeline, task=self.request.id, message=kind)
-            raise Reject(kind, requeue=False) from error
+            raise Reject(kind, requeue=False) from None
         # Nothing is recorded yet that a sweep could find: the message itself must come back. Its key makes it one run.
         raise self.retry(exc=error, countdown=RETRY_S, max_retries=RETRIES_MAX) from error
     return str(started.run_id)

@@ -1,20 +1,14 @@
 """What the command line's tests share: `stepfast` inside this process, and as a process of its own."""
 
 import json
-import logging
 import os
 import shlex
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-import structlog
-
-from app import events
 from app.runs.store import Bid, Ending, Paid, StepKey
 
 STEPFAST = Path(sys.executable).with_name("stepfast")
@@ -52,9 +46,8 @@ class Answer:
             assert text in self.err, self
 
 
-@contextmanager
 def in_process(capsys):
-    """Calls `main`, and takes back what it sets for a whole process."""
+    """`main`, as a function whose answer is what it printed."""
     from app import settings
     from app.cli.main import main
 
@@ -65,17 +58,7 @@ def in_process(capsys):
         said = capsys.readouterr()
         return Answer(code, said.out, said.err)
 
-    handlers, level, hook = logging.root.handlers[:], logging.root.level, threading.excepthook
-    subscribers = events._subscribers[:]
-    try:
-        yield call
-    finally:
-        logging.root.handlers[:] = handlers
-        logging.root.setLevel(level)
-        logging.captureWarnings(capture=False)
-        threading.excepthook = hook
-        events._subscribers[:] = subscribers
-        structlog.reset_defaults()
+    return call
 
 
 def process(*arguments: object, env: dict[str, str], cwd: Path) -> subprocess.Popen:

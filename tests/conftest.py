@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -58,6 +60,25 @@ def _bare_settings(monkeypatch):
     settings.load.cache_clear()
     yield
     settings.load.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    """Takes back all that `observe.logs.setup`, which any command or worker calls, sets for a whole process."""
+    import structlog
+
+    from app import events
+
+    handlers, level, show = logging.root.handlers[:], logging.root.level, warnings.showwarning
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(events, "_subscribers", [])
+    yield
+    logging.captureWarnings(capture=False)
+    warnings.showwarning = show
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    structlog.reset_defaults()
+    events.clear()
 
 
 @pytest.fixture(scope="session")

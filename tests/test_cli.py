@@ -47,8 +47,7 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J[bold red]markup[/] \u202edesrever sk-ant-api0
 def cli(capsys, monkeypatch, tmp_path):
     """`stepfast` inside this process; each call gives a `commanding.Answer`."""
     monkeypatch.setenv("STEPFAST_HOME", str(tmp_path / "home"))
-    with commanding.in_process(capsys) as call:
-        yield call
+    return commanding.in_process(capsys)
 
 
 @pytest.fixture

@@ -29,8 +29,7 @@ SENDING_COMMANDS = (
 def cli(capsys, monkeypatch, tmp_path):
     """`stepfast` inside this process; each call gives a `commanding.Answer`."""
     monkeypatch.setenv("STEPFAST_HOME", str(tmp_path / "home"))
-    with commanding.in_process(capsys) as call:
-        yield call
+    return commanding.in_process(capsys)
 
 
 @pytest.fixture

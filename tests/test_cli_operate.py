@@ -37,8 +37,7 @@ GIVEN = {"patch": DIFF, "issue": "It breaks.\\nBadly.", "note": f"\x1b[2J{SECRET
 def cli(capsys, monkeypatch, tmp_path):
     """`stepfast` inside this process; each call gives a `commanding.Answer`."""
     monkeypatch.setenv("STEPFAST_HOME", str(tmp_path / "home"))
-    with commanding.in_process(capsys) as call:
-        yield call
+    return commanding.in_process(capsys)
 
 
 @pytest.fixture

@@ -112,7 +112,8 @@ def test_rights_are_given_again_by_migrate(database_url, monkeypatch, capsys):
     from commanding import in_process
 
     monkeypatch.setenv("STEPFAST_DATABASE_URL", database_url)
-    with role(database_url, "operator") as url, in_process(capsys) as stepfast_command:
+    stepfast_command = in_process(capsys)
+    with role(database_url, "operator") as url:
         name = url.partition("://")[2].partition("@")[0]
         assert stepfast_command("migrate", "--client", name).code == 0
         with psycopg.connect(url, autocommit=True) as connection:

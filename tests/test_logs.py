@@ -24,22 +24,6 @@ KEY = "sk-ant-api03-planted-0123456789"
 URL = f"postgresql://stepfast:{SECRET}@db/x"
 
 
-@pytest.fixture(autouse=True)
-def _logging_as_it_was(monkeypatch):
-    """Takes back all that `setup` changes in the process."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    monkeypatch.setattr(events, "_subscribers", [])
-    show = warnings.showwarning
-    yield
-    logging.captureWarnings(capture=False)
-    warnings.showwarning = show
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    structlog.reset_defaults()
-    events.clear()
-
-
 @pytest.fixture
 def out():
     stream = io.StringIO()

@@ -106,8 +106,7 @@ def test_no_secret_leaves_by_any_output(system, here, write_skill, capsys):
             "select data from stepfast.events",
         ):
             assert _found(str(connection.execute(question).fetchall())) == [], question
-    with commanding.in_process(capsys) as cli:
-        _search(cli, run_id, letters)
+    _search(commanding.in_process(capsys), run_id, letters)
 
 
 def _search(cli, run_id, letters):
