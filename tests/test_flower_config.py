@@ -24,6 +24,18 @@ from app.observe import celery_signals
 app = Celery("watched", broker="memory://:{SECRET}@localhost//", set_as_current=True)
 celery_signals.connect(settings.parse({{}}))
 """
+# Two seconds after the start an object is dropped, and the signal finds Flower in its destructor.
+IN_A_DESTRUCTOR = """
+import signal
+from tornado.ioloop import IOLoop
+
+class Signalled:
+    def __del__(self):
+        signal.raise_signal({ending})
+        print("in the destructor", flush=True)
+
+IOLoop.current().call_later(2, Signalled)
+"""
 
 
 @pytest.fixture
@@ -108,6 +120,17 @@ def test_flower_listens_on_this_machine_only_and_writes_our_lines(start):
         ("warning", "GET /nowhere 404"),
         ("info", "GET /metrics 200"),
     ]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_flower_ends_wherever_the_signal_finds_it(start, tmp_path, ending):
+    """Also in a destructor, in which Python drops what Flower's own handlers raise."""
+    with (tmp_path / "watched.py").open("a") as watched:
+        watched.write(IN_A_DESTRUCTOR.format(ending=int(ending)))
+    flower = start()
+    output, _ = flower.communicate(timeout=60)
+    assert "in the destructor" in output
+    assert flower.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """What Stepfast changes about Flower: our logs, no open door, and no long or secret texts on its pages."""
 
+import asyncio
 import ipaddress
 import logging
+import signal
 import sys
 from typing import Any
 
 from flower.urls import settings as tornado_settings
+from tornado.ioloop import IOLoop
 from tornado.options import options
 from tornado.web import RequestHandler
 
@@ -25,6 +28,16 @@ def prepare() -> None:
     options.logging = "none"  # or Tornado adds a handler of its own
     options.add_parse_callback(require_safe_address)
     tornado_settings["log_function"] = log_request
+    IOLoop.current().add_callback(_end_between_callbacks)
+
+
+def _end_between_callbacks() -> None:
+    """Called once the loop runs, and so after Flower set its own handlers.
+
+    Those raise wherever the signal finds them. Where that is a destructor, Python drops the error, and Flower stays.
+    """
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(ending, IOLoop.current().stop)
 
 
 def require_safe_address() -> None:

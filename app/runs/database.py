@@ -56,6 +56,8 @@ def engine(url: str, *, pool_max: int, name: str = "") -> "Engine":
     options = (
         f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS} -c timezone=UTC"
         f" -c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_TIMEOUT_MS}"
+        # A sweep over large tables looks dear to the planner, and touches few rows: compiling it takes longer than it.
+        " -c jit=off"
         # The last one counts: what the URL says wins.
         f" {address.query.get('options', '')}"
     )
