@@ -191,7 +191,9 @@ def test_start_that_is_refused_shows_no_input(system, here, write_skill):
     celery.send_task("stepfast.start", (name, {"n": "the patient is Ada"}), {"priority": 99}, queue="agents")
     eventually(lambda: len(system.logged("request.refused")) == 2, what="both refusals")
     # Celery's own line, which comes after ours, and would hold the cause's traceback.
-    eventually(lambda: sum(" reject requeue" in line["message"] for line in system.logged("library")) == 2, what="its lines")
+    eventually(
+        lambda: sum(" reject requeue" in line["message"] for line in system.logged("library")) == 2, what="its lines"
+    )
     assert "Ada" not in worker.log.read_text()
     assert Reads(here.store.engine).run_list() == []
 
