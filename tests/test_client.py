@@ -189,6 +189,16 @@ def test_two_hundred_at_once_with_one_key_start_one_run(database_url, engine, cl
     assert _count(database_url) == 1
 
 
+def test_key_that_an_open_transaction_holds_is_not_waited_for_without_end(engine, client, pipeline):
+    """Whether its run will have been, that one's commit decides: a sentence after five seconds, and no driver's error."""
+    with engine.connect() as first, engine.connect() as second:
+        client.enqueue(pipeline, {"order": 1}, key="k", connection=first)
+        began = time.monotonic()
+        with pytest.raises(stepfast.NotReady, match="Another transaction holds"):
+            client.enqueue(pipeline, {"order": 1}, key="k", connection=second)
+        assert time.monotonic() - began < 9
+
+
 DIES = """
 import os, signal, sys
 import sqlalchemy, stepfast

@@ -1,11 +1,13 @@
 """What a person does to a run: approve, reject, override, resume from an agent, cancel; and what a run waits for."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
 import pytest
 from benches import CALM_MS, ERROR, FREE, Bench
 from pipelines import agent, diamond, line, pipeline
+from sqlalchemy import text
 
 from app.errors import NotPossible
 from app.runs.database import engine
@@ -368,4 +370,36 @@ def test_discarded_letter_is_resolved_and_its_step_stays(bench):
     assert bench.states(run) == {"a": "discarded"}
     told = bench.sql("select data from stepfast.events where name = 'step.dismissed'")
     assert told == {"dead_letter": str(letter), "by": "me"}
+    assert violations(bench) == []
+
+
+def test_transaction_that_holds_a_concurrency_key_is_in_nobodys_way(bench):
+    """An application enqueues and does not commit: what is due, dead or ordered elsewhere goes on, without waiting for it."""
+    keyed = pipeline(
+        agent("a"), concurrency_parts=({"path": ["input", "r"]},), concurrency_key="{{input.r}}", deadline_ms=DAY_MS
+    )
+    late, late_too, lost, ordered, ordered_too = (bench.start(keyed, {"r": name}) for name in "abcde")
+    bench.claim(lost, "a")
+    for run in (ordered, ordered_too):
+        bench.sql("select stepfast.request_v1('cancel', :r, 'ann')", r=run)
+    for run in (lost, ordered, ordered_too):
+        bench.sql("update stepfast.runs set deadline_at = null where id = :r", r=run)
+    bench.pass_time(DAY_MS / 1000 + 1)
+    bench.sql("update stepfast.workers set ended_at = stepfast.now()")
+    with bench.store.engine.connect().execution_options(isolation_level="READ COMMITTED") as host, host.begin():
+        for name in "acd":
+            start = text("select stepfast.enqueue_v1('tested', jsonb_build_object('r', cast(:n as text)))")
+            host.execute(start, {"n": name})
+        began, passed = time.monotonic(), []
+        bench.sweep()
+        assert bench.orders.carry_out(None, passed).run_id == ordered_too
+        assert bench.orders.carry_out(None, passed) is None
+        assert time.monotonic() - began < 2
+        assert [bench.run_state(run) for run in (late, late_too)] == ["pending", "failed"]
+        assert [bench.run_state(run) for run in (ordered, ordered_too)] == ["pending", "cancelled"]
+        assert bench.states(lost) == {"a": "executing"}
+    bench.sweep()
+    assert bench.orders.carry_out(None, []).run_id == ordered
+    assert bench.run_state(late) == "failed"
+    assert bench.states(lost) == {"a": "available"}
     assert violations(bench) == []

@@ -20,8 +20,9 @@ _STEPS_AT_ONCE_MAX = 1_000
 def carry_out(worker: "Worker", run_id: "UUID | None" = None) -> None:
     """Carries out what waits, of one run or of all, and sends what may go on by it. The next sweep finds the rest."""
     orders = Orders(worker.store.engine)
+    passed: list[UUID] = []
     for _ in range(AT_ONCE_MAX):
-        carried = orders.carry_out(run_id)
+        carried = orders.carry_out(run_id, passed)
         if carried is None:
             return
         _emit(carried)

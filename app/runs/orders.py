@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, select, text
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import Text
@@ -44,12 +44,16 @@ _DISCARD_LETTER = call("discard_letter_v1", ("letter", PG_UUID()), ("by", Text()
 # Oldest first. One that another worker holds just now is that worker's.
 _TAKE_REQUEST = text("""
     select id, run_id, action, agent, digest, requested_by, reason from stepfast.requests
-    where state = 'waiting' and (cast(:run as uuid) is null or run_id = :run)
+    where state = 'waiting' and (cast(:run as uuid) is null or run_id = :run) and id <> all (:passed)
     order by requested_at limit 1 for update skip locked
-""").bindparams(bindparam("run", type_=PG_UUID()))
+""").bindparams(bindparam("run", type_=PG_UUID()), bindparam("passed", type_=ARRAY(PG_UUID())))
+_TRY_RUN = text("select id from stepfast.try_run(:run)").bindparams(bindparam("run", type_=PG_UUID()))
 _END_REQUEST = text("""
     update stepfast.requests set state = :state, ended_at = stepfast.now(), answer = :answer where id = :id
 """).bindparams(bindparam("answer", type_=JSONB()))
+
+# How many requests that cannot be carried out just now are passed over at once.
+PASSED_MAX = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,33 +126,41 @@ class Orders:
             next_step=f"See: stepfast show {run_id}",
         )
 
-    def carry_out(self, run_id: "UUID | None") -> Carried | None:
+    def carry_out(self, run_id: "UUID | None", passed: "list[UUID]") -> Carried | None:
         """Carries out the oldest waiting request, of one run or of all, and records how it ended, in one transaction.
 
-        Returns None where none waits.
+        Where it is one of all, it waits for nobody: requests whose run, or its concurrency key, somebody holds are left
+        for later, and added to `passed`. Returns None where no other waits.
         """
         with self._engine.connect() as connection:
             connection.execution_options(isolation_level="READ COMMITTED")
-            with connection.begin():
-                request = connection.execute(_TAKE_REQUEST, {"run": run_id}).one_or_none()
-                if request is None:
-                    return None
-                inside = Orders(self._engine)
-                inside._connect = lambda: nullcontext(connection)
-                done, answer = True, {}
-                try:
-                    with connection.begin_nested():
-                        answer = inside._obey(request)
-                except NotPossible as error:
-                    done, answer = False, {"message": error.message, "next_step": error.next_step}
-                except DBAPIError as error:
-                    if is_outage(error):
-                        raise
-                    # Tried again it would fail again, and keep the requests behind it waiting.
-                    done, answer = False, {"message": str(error.orig).splitlines()[0], "next_step": ""}
-                connection.execute(
-                    _END_REQUEST, {"id": request.id, "state": "done" if done else "refused", "answer": answer}
-                )
+            while len(passed) < PASSED_MAX:
+                with connection.begin():
+                    taken = {"run": run_id, "passed": passed}
+                    request = connection.execute(_TAKE_REQUEST, taken).one_or_none()
+                    if request is None:
+                        return None
+                    if run_id is not None or connection.scalar(_TRY_RUN, {"run": request.run_id}):
+                        return self._carry_out(connection, request)
+                passed.append(request.id)
+        return None
+
+    def _carry_out(self, connection: "Connection", request: "Row[Any]") -> Carried:
+        inside = Orders(self._engine)
+        inside._connect = lambda: nullcontext(connection)
+        done, answer = True, {}
+        try:
+            with connection.begin_nested():
+                answer = inside._obey(request)
+        except NotPossible as error:
+            done, answer = False, {"message": error.message, "next_step": error.next_step}
+        except DBAPIError as error:
+            if is_outage(error):
+                raise
+            # Tried again it would fail again, and keep the requests behind it waiting.
+            done, answer = False, {"message": str(error.orig).splitlines()[0], "next_step": ""}
+        ended = {"id": request.id, "state": "done" if done else "refused", "answer": answer}
+        connection.execute(_END_REQUEST, ended)
         return Carried(
             request.run_id, request.action, request.agent, request.requested_by, request.reason, done, answer
         )

@@ -86,6 +86,11 @@ def translated() -> Iterator[None]:
                 raise InvalidInput(f"Postgres cannot store the input: {sentence}") from error
             case "3F000" | "42P01" | "42883":
                 raise NotReady("This database has no Stepfast.", next_step=_MIGRATE) from error
+            case "55P03":
+                raise NotReady(
+                    "Another transaction holds what this needs: the run, or its key.",
+                    next_step="Roll back, and try again once that one is committed.",
+                ) from error
             case "42501":
                 raise NotReady(sentence, next_step=f"{_MIGRATE} --client ROLE, or --operator ROLE.") from error
         raise

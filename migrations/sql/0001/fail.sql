@@ -86,7 +86,7 @@ declare
     v_error jsonb;
     v_seq bigint;
 begin
-    select * into r from stepfast.runs where id = p_run for no key update skip locked;
+    select * into r from stepfast.try_run(p_run);
     v_now := stepfast.now();
     if r.id is null then
         return null;

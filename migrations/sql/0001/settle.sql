@@ -60,6 +60,21 @@ language sql volatile as $$
     select pg_advisory_xact_lock(7084, hashtext(concat_ws('|', p_tenant, p_pipeline, p_key))) where p_key is not null
 $$;
 
+-- Locks a run and its concurrency key without waiting; null where somebody else holds one of them. For whoever works through
+-- many runs: an application's transaction that enqueues for a key holds it until its own commit, however long that takes, and
+-- a run's row is then held by whoever waits for the key.
+create function stepfast.try_run(p_run uuid) returns stepfast.runs language plpgsql volatile as $$
+declare
+    r stepfast.runs;
+begin
+    select * into r from stepfast.runs where id = p_run for no key update skip locked;
+    if r.concurrency_key is not null
+       and not pg_try_advisory_xact_lock(7084, hashtext(concat_ws('|', r.tenant, r.pipeline, r.concurrency_key))) then
+        return null;
+    end if;
+    return r;
+end $$;
+
 -- The run of a concurrency key that is under way: something of it may be claimed, executes, or waits for a time or a person.
 -- One that failed is under way for as long as something of it still executes.
 create function stepfast.run_under_way(p_tenant text, p_pipeline text, p_key text) returns uuid language sql stable as $$

@@ -6,6 +6,9 @@
 -- run finds before it. Claims send what takes the place of what they claimed, so that more would not keep workers busier.
 create function stepfast.dispatched_max() returns integer language sql immutable as 'select 8';
 
+-- How many that others hold a sweep passes over to reach those that it may change.
+create function stepfast.passed_max() returns integer language sql immutable as 'select 100';
+
 -- Marks steps of a queue that are available and unsent as sent, and returns them in the order in which the caller must send
 -- them, after this commits: the highest priority first, then the oldest run. If the caller dies in between, `overdue` finds
 -- them. So many that p_max wait at the broker; none where more than p_waiting do; at most p_limit.
@@ -173,7 +176,8 @@ begin
              union all
              select t.run_id, t.id, t.agent, 'overstayed its time' from stepfast.attempts t
              where t.state = 'executing' and t.deadline_at < v_now and t.overstayed_at < v_now - p_grace
-             limit p_limit loop
+             limit p_limit + stepfast.passed_max() loop
+        exit when jsonb_array_length(v_rescued) >= p_limit;
         v_code := stepfast.rescue_step(a.run_id, a.id, a.reason, true);
         if v_code is not null then
             v_rescued := v_rescued || jsonb_build_object('run_id', a.run_id, 'agent', a.agent, 'attempt_id', a.id,
@@ -207,25 +211,28 @@ create function stepfast.expire_steps(p_limit integer) returns integer language 
 declare
     v_now timestamptz := stepfast.now();
     v_count integer := 0;
+    v_runs integer := 0;
     v_seq bigint;
     r stepfast.runs;
     s stepfast.steps;
     a record;
 begin
     for a in select run_id, agent from stepfast.approvals
-             where state = 'requested' and expires_at <= v_now order by expires_at limit p_limit loop
-        select * into r from stepfast.runs where id = a.run_id for no key update skip locked;
+             where state = 'requested' and expires_at <= v_now order by expires_at limit p_limit + stepfast.passed_max() loop
+        exit when v_count >= p_limit;
+        select * into r from stepfast.try_run(a.run_id);
         if r.id is not null then
             perform stepfast.decide_v1(a.run_id, a.agent, 'expired', null, 'stepfast', 'nobody decided in time');
             v_count := v_count + 1;
         end if;
     end loop;
     for a in select id from stepfast.runs
-             where deadline_at <= v_now and state in ('pending', 'running', 'suspended') order by deadline_at limit p_limit loop
-        select * into r from stepfast.runs
-        where id = a.id and state in ('pending', 'running', 'suspended') for no key update skip locked;
-        continue when r.id is null;
-        perform stepfast.lock_concurrency_key(r.tenant, r.pipeline, r.concurrency_key);
+             where deadline_at <= v_now and state in ('pending', 'running', 'suspended')
+             order by deadline_at limit p_limit + stepfast.passed_max() loop
+        exit when v_runs >= p_limit;
+        select * into r from stepfast.try_run(a.id);
+        continue when r.id is null or r.state not in ('pending', 'running', 'suspended');
+        v_runs := v_runs + 1;
         v_seq := r.event_seq;
         -- Executing steps finish and are recorded. One that waited is given up, so that a dead letter says why.
         for s in select * from stepfast.steps
