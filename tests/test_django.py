@@ -325,3 +325,64 @@ def test_is_usable_as_a_django_task(host, pipeline):
         print(module.start.enqueue(7).return_value == str(stepfast.django.models.Run.objects.get().pk))
     """)
     assert said == "True\n"
+
+
+def test_limit_of_the_list_is_checked(host, pipeline):
+    """A sentence and exit code 2."""
+    done = host.manage("stepfast_runs", "--limit", "-1", check=False)
+    assert (done.returncode, "--limit is 1 to" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+
+
+CHOSEN = """
+    from django.contrib.auth.models import User
+    from django.test import Client
+    from stepfast.django import enqueue
+    from stepfast.django.models import Run
+
+    for number in range(130):
+        run = enqueue("tested", {"order": number})
+    web = Client(SERVER_NAME="127.0.0.1")
+    web.force_login(User.objects.get(username="admin"))
+    named, as_text = [], Run.__str__
+    Run.__str__ = lambda self: named.append(self.pk) or as_text(self)
+
+    def post(action, **more):
+        given = {"action": action, "_selected_action": str(run.id), **more}
+        return web.post("/admin/stepfast/run/", given, follow=True).content.decode()
+
+    every = {"select_across": "1", "index": "0"}
+    assert "Choose at most 100 at once" in post("cancel", **every)
+    assert len(set(named)) <= 101, len(set(named))
+    print("good")
+"""
+
+
+def test_admin_reads_no_more_runs_than_may_be_chosen(host, pipeline):
+    """All of a long list chosen at once is refused, without reading all of it."""
+    assert host.script(CHOSEN) == "good\n"
+
+
+OTHERS = """
+    import time
+    from django.contrib.auth.models import User
+    from django.test import Client
+    from stepfast.django import enqueue
+
+    run = enqueue("tested", {"order": 1})
+    deadline = time.monotonic() + 30
+    while not run.status().asks:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    web = Client(SERVER_NAME="127.0.0.1")
+    web.force_login(User.objects.get(username="admin"))
+    given = {"action": "approve", "_selected_action": str(run.id), "confirmed": "yes", "digest": "of something else"}
+    print("Nothing was ordered" in web.post("/admin/stepfast/run/", given, follow=True).content.decode())
+    print(len(run.status().asks))
+"""
+
+
+def test_admin_says_that_what_waits_is_not_what_was_shown(system, here, write_skill, host):
+    """An approval of what was not seen is given to nobody, and not silently."""
+    publish(system, here, write_skill, approval=True)
+    system.start_worker(queues="handlers")
+    assert host.script(OTHERS) == "True\n1\n"

@@ -85,14 +85,15 @@ class Client:
             raise Misuse(f"The priority is from 0 to {PRIORITY_MAX}.")
         text = _json(run_input, "input", self._input_max_bytes)
         labelled = _json(labels or {}, "labels", self._input_max_bytes)
+        given = json.loads(text)  # as Postgres gets it: a tuple is an array, a number as a key is a text
         definition = self._definition(found, pipeline)
         try:
-            definition.check(run_input)
+            definition.check(given)
         except InvalidInput:
             # By what this process once read. What is refused is refused by what the name means now.
             self._definitions.pop(pipeline, None)
             definition = self._definition(found, pipeline)
-            definition.check(run_input)
+            definition.check(given)
         return text, labelled, definition.hash
 
     def start(

@@ -34,6 +34,10 @@ class Database(Protocol):
         """Has `call` called once what was written is committed; or never, where the library cannot tell."""
 
 
+# The URLs of poolers.
+_pooled: set[str] = set()
+
+
 class OwnDatabase:
     """By a URL: a connection and a transaction for each statement."""
 
@@ -48,14 +52,30 @@ class OwnDatabase:
     def read(self, statement: str, parameters: Parameters = ()) -> Rows:
         import psycopg
 
-        options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c application_name=stepfast-client"
         try:
-            connection = psycopg.connect(self._url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S, options=options)
+            connection = self._connect()
         except psycopg.OperationalError as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no answer"
             raise NotReady(f"Postgres cannot be reached: {reason}") from error
         with connection, translated():
             return connection.execute(statement, parameters).fetchall()
+
+    def _connect(self) -> "psycopg.Connection[Any]":
+        import psycopg
+        from psycopg.conninfo import conninfo_to_dict
+
+        # Without `options` behind a pooler, which refuses them: then its own limits count. What the URL says wins.
+        given: dict[str, Any] = {"autocommit": True, "connect_timeout": CONNECT_TIMEOUT_S}
+        if self._url not in _pooled:
+            theirs = conninfo_to_dict(self._url).get("options", "")
+            options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c application_name=stepfast-client {theirs}"
+            try:
+                return psycopg.connect(self._url, **given, options=options)
+            except psycopg.OperationalError as error:
+                if "startup parameter" not in str(error):
+                    raise
+                _pooled.add(self._url)
+        return psycopg.connect(self._url, **given)
 
     write = read
 
@@ -71,10 +91,11 @@ class PsycopgDatabase:
 
     def read(self, statement: str, parameters: Parameters = ()) -> Rows:
         idle = self._is_idle()
-        rows = self.write(statement, parameters)
-        if idle and not self._connection.autocommit:
-            self._connection.rollback()
-        return rows
+        try:
+            return self.write(statement, parameters)
+        finally:
+            if idle and not self._connection.autocommit and not self._connection.closed:
+                self._connection.rollback()
 
     def write(self, statement: str, parameters: Parameters = ()) -> Rows:
         from psycopg.rows import tuple_row
@@ -102,10 +123,11 @@ class ConnectionDatabase:
 
     def read(self, statement: str, parameters: Parameters = ()) -> Rows:
         idle = not self._connection.in_transaction()
-        rows = self.write(statement, parameters)
-        if idle:
-            self._connection.rollback()
-        return rows
+        try:
+            return self.write(statement, parameters)
+        finally:
+            if idle:
+                self._connection.rollback()
 
     def write(self, statement: str, parameters: Parameters = ()) -> Rows:
         with translated():
@@ -182,9 +204,10 @@ def _listen_to_sessions() -> None:
             for call in session.info.pop(_INFO, ()):
                 call()
 
-    @event.listens_for(Session, "after_soft_rollback")
-    def _rolled_back(session: Session, previous: Any) -> None:  # noqa: ANN401  # SQLAlchemy's
-        if previous.parent is None:
+    # After a commit nothing is left; else it was rolled back, also by a mere `close`, of which no other event tells.
+    @event.listens_for(Session, "after_transaction_end")
+    def _ended(session: Session, transaction: Any) -> None:  # noqa: ANN401  # SQLAlchemy's
+        if transaction.parent is None:
             session.info.pop(_INFO, None)
 
 

@@ -22,7 +22,7 @@ from flask.cli import AppGroup
 from stepfast.client import INPUT_MAX_BYTES, Client
 from stepfast.databases import Database
 from stepfast.errors import Misuse, NotReady, StepfastError
-from stepfast.operating import LIST_MAX, list_runs, resume_failed, since, table
+from stepfast.operating import LIST_MAX, list_runs, plain, resume_failed, since, table
 from stepfast.runs import RunHandle
 
 
@@ -98,7 +98,7 @@ def _sentences() -> Iterator[None]:
     try:
         yield
     except StepfastError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {plain(str(error))}", err=True)
         code = 2 if isinstance(error, Misuse) else 3 if isinstance(error, NotReady) else 1
         raise click.exceptions.Exit(code) from error
 

@@ -24,6 +24,8 @@ ANSWERS_TIMEOUT_S = 60.0
 _POLL_S = 0.2
 _KINDS_MAX = 1_000
 _AGO = re.compile(r"(\d{1,6})([smhd])")
+# Control characters, and those that turn the direction of writing around.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 _RUNS = """
@@ -63,13 +65,18 @@ Say = Callable[[str], object]
 
 def since(text: str) -> datetime:
     """A time, or an age such as 2h or 3d. Raises Misuse."""
-    if found := _AGO.fullmatch(text.strip()):
-        return datetime.now(UTC) - timedelta(**{_UNITS[found[2]]: int(found[1])})
     try:
+        if found := _AGO.fullmatch(text.strip()):
+            return datetime.now(UTC) - timedelta(**{_UNITS[found[2]]: int(found[1])})
         at = datetime.fromisoformat(text.strip())
-    except ValueError:
+    except (ValueError, OverflowError):
         raise Misuse(f"{text!r} is no age such as 2h or 3d, and no time such as 2026-01-31T06:00.") from None
     return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+def plain(text: str) -> str:
+    """A sentence for a terminal: on one line, with what would command the terminal as visible escapes."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], " ".join(text.splitlines()))
 
 
 def list_runs(found: "Database", *, state: str | None, pipeline: str | None, limit: int) -> list[dict[str, object]]:
@@ -185,6 +192,11 @@ def resume_failed(
     found: "Database", *, by: str, pipeline: str | None, begin: datetime | None, plan: bool, say: Say
 ) -> bool:
     """Resumes what a resume can mend, or says what it would. Returns whether nothing was left or refused."""
+    told = say
+
+    def say(text: str) -> object:
+        return told(plain(text))  # an agent may have written parts of it
+
     failed = FailedRuns(found, by=by, pipeline=pipeline, begin=begin)
     kinds = failed.kinds()
     good = True

@@ -94,7 +94,10 @@ class Request:
         self._database = database
 
     def wait(self, timeout_s: float = REQUEST_TIMEOUT_S) -> Json:
-        """Waits until it is carried out: {"agents": […]} or {"decision": …}. Raises NotPossible, NotEnded."""
+        """Waits until it is carried out: {"agents": […]} or {"decision": …}.
+
+        Raises NotPossible, NotEnded; UnknownName where the order was rolled back.
+        """
         state, answer = _wait(
             self._database, self._answer, timeout_s, "The order was not carried out in time.", "See that a worker runs."
         )
@@ -103,7 +106,10 @@ class Request:
         return answer
 
     def _answer(self) -> tuple[str, Json] | None:
-        state, answer = self._database.read(_ANSWER, (str(self.id),))[0]
+        rows = self._database.read(_ANSWER, (str(self.id),))
+        if not rows:
+            raise UnknownName("There is no such order.", next_step="Its transaction was rolled back: give it again.")
+        state, answer = rows[0]
         return None if state == "waiting" else (state, json.loads(answer))
 
 

@@ -107,6 +107,9 @@ class ReadOnlyAdmin(admin.ModelAdmin):
         return None
 
     def _say(self, request: HttpRequest, ordered: list[Request]) -> None:
+        if not ordered:
+            said = "Nothing was ordered: what waits now is not what the page showed. Look again."
+            self.message_user(request, said, messages.WARNING)
         left_s = ANSWER_MAX_S
         for number, one in enumerate(ordered, 1):
             try:
@@ -155,7 +158,7 @@ class RunAdmin(ReadOnlyAdmin):
             request,
             queryset,
             "Resume these runs?",
-            [str(run) for run in queryset],
+            [str(run) for run in queryset[: RUNS_AT_ONCE_MAX + 1]],
             lambda reason: [run.resume(by=by, reason=reason) for run in runs],
         )
 
@@ -166,7 +169,7 @@ class RunAdmin(ReadOnlyAdmin):
             request,
             queryset,
             "Cancel these runs?",
-            [str(run) for run in queryset],
+            [str(run) for run in queryset[: RUNS_AT_ONCE_MAX + 1]],
             lambda reason: [run.cancel(by=by, reason=reason) for run in runs],
         )
 
@@ -279,12 +282,13 @@ class DeadLetterAdmin(ReadOnlyAdmin):
 
     @admin.action(description="Resume the runs", permissions=["resume"])
     def resume(self, request: HttpRequest, queryset: Any) -> HttpResponse | None:
-        ids, by = sorted(set(queryset.values_list("run", flat=True))), request.user.get_username()
+        letters, by = list(queryset[: RUNS_AT_ONCE_MAX + 1]), request.user.get_username()
+        ids = sorted({letter.run_id for letter in letters})
         return self.confirmed(
             request,
             queryset,
             "Resume the runs of these dead letters?",
-            [str(letter) for letter in queryset],
+            [str(letter) for letter in letters],
             lambda reason: [handle_of(run_id).resume(by=by, reason=reason) for run_id in ids],
         )
 

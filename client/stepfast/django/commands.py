@@ -8,6 +8,7 @@ from django.core.management.base import CommandError
 from stepfast.django.conf import configuration
 from stepfast.django.databases import DjangoDatabase
 from stepfast.errors import Misuse, NotReady, StepfastError
+from stepfast.operating import plain
 
 
 def database() -> DjangoDatabase:
@@ -21,4 +22,4 @@ def sentences() -> Iterator[None]:
         yield
     except StepfastError as error:
         code = 2 if isinstance(error, Misuse) else 3 if isinstance(error, NotReady) else 1
-        raise CommandError(str(error), returncode=code) from error
+        raise CommandError(plain(str(error)), returncode=code) from error

@@ -4,7 +4,7 @@ import json
 from argparse import ArgumentParser
 from typing import Any
 
-from django.core.management.base import BaseCommand
+from django.core.management.base import BaseCommand, CommandError
 
 from stepfast.django.commands import database, sentences
 from stepfast.operating import LIST_MAX, list_runs, table
@@ -20,6 +20,8 @@ class Command(BaseCommand):
         parser.add_argument("--json", action="store_true", dest="as_json", help="Print a list of runs.")
 
     def handle(self, *_: Any, **options: Any) -> None:
+        if not 1 <= options["limit"] <= LIST_MAX:
+            raise CommandError(f"--limit is 1 to {LIST_MAX}.", returncode=2)
         with sentences():
             names = ("state", "pipeline", "limit")
             runs = list_runs(database(), **{name: options[name] for name in names})
