@@ -97,6 +97,22 @@ def test_gate_repeats_no_effect(bench):
     )
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_gate_repeats_no_effect_whose_output_a_person_gave(bench, lost):
+    """Who overrides what had its effect, or says by it that it happened, has nothing done again: nor has a gate then."""
+    run = bench.start(_loop())
+    bench.do(run, "coder", "reviewer")
+    bench.fail(bench.claim(run, "deployer")[0])
+    notify, _ = bench.claim(run, "notify", repeatable=False)
+    bench.fail(notify, error=UNKNOWN) if lost else bench.complete(notify)
+    for _ in range(2):
+        bench.orders.override(run, "notify", {"sent": True}, "me", None)
+    bench.orders.resume(run, "me")
+    ended, _ = _refuse(bench, run, "deployer", "coder")
+    assert ended.outcome == "discarded"
+    assert bench.states(run)["notify"] == "completed"
+
+
 def test_refused_gate_leaves_its_values_in_the_events(bench):
     """Structured, of a gate that sends back and of one that ends in a dead letter."""
     run = bench.start(_loop())

@@ -75,7 +75,7 @@ def test_damage_breaks_its_rule(bench, rule, damage):
 
 REOPENED = (
     "insert into stepfast.events (run_id, seq, name, at, agent, item, generation, data) select id, event_seq + 1,"
-    " 'step.reopened', stepfast.now(), 'a', '', 2, jsonb_build_object('reason', cast(:reason as text)) from stepfast.runs"
+    " 'step.reopened', stepfast.now(), 'a', '', :generation, jsonb_build_object('reason', cast(:reason as text)) from stepfast.runs"
 )
 
 
@@ -95,8 +95,18 @@ def test_only_who_may_have_an_effect_repeated(bench, unknown, reason, found):
     run = bench.start(pipeline(agent("a", handler="h.py:f"), agent("b", "a")))
     bid, _ = bench.claim(run, "a", repeatable=False)
     bench.fail(bid, error=UNKNOWN) if unknown else bench.complete(bid)
-    bench.sql(REOPENED, reason=reason)
+    bench.sql(REOPENED, generation=2, reason=reason)
     assert {violation.rule for violation in violations(bench, run)} - {8} == found
+
+
+def test_effect_counts_on_after_an_override(bench):
+    """A person's output begins a generation, and is no leave for a gate to repeat the effect before it."""
+    run = bench.start(pipeline(agent("a", handler="h.py:f"), agent("b", "a")))
+    bid, _ = bench.claim(run, "a", repeatable=False)
+    bench.complete(bid)
+    bench.orders.override(run, "a", {}, "me", None)
+    bench.sql(REOPENED, generation=3, reason="the gate of b refused")
+    assert {violation.rule for violation in violations(bench, run)} - {8} == {7}
 
 
 def test_two_runs_of_one_concurrency_key_are_found(bench):

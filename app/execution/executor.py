@@ -31,7 +31,7 @@ from app.events import Event
 from app.execution import canvas
 from app.execution.outcome import decide
 from app.execution.persistence import OUTAGE_MAX_S, through_outage
-from app.pipelines import expressions, templates
+from app.pipelines import expressions
 from app.pipelines.feedback import redacted_feedback
 from app.pipelines.model import hash_json
 from app.pipelines.run_input import check_input
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from app.agents.handlers import Handler
     from app.execution.worker import Worker
     from app.pipelines.model import Agent, Json, Pipeline
+    from app.pipelines.templates import Path
 
 # How long a step waits whose handler this worker lacks, or whose key another run holds.
 DEFER_MS = 5_000
@@ -198,8 +199,12 @@ def _check_gate(attempt: Attempt) -> None:
     if attempt.agent.gate is None:
         return
     gate = expressions.parse(attempt.agent.gate)
-    verdict = gate.evaluate({**attempt.claim.outputs, "input": attempt.claim.input})
     values = _values_to_show(gate, attempt)
+    try:
+        verdict = gate.evaluate({**attempt.claim.outputs, "input": attempt.claim.input})
+    except AuthorMistake as error:
+        error.details = {**error.details, "values": values}
+        raise
     events.emit(Event.STEP_GATE, gate=attempt.agent.gate, held=verdict.held, values=values)
     if not verdict.held:
         saw = ", ".join(f"{name} = {value!r}" for name, value in values.items())
@@ -214,10 +219,20 @@ def _check_gate(attempt: Attempt) -> None:
 
 
 def _values_to_show(gate: expressions.Gate, attempt: Attempt) -> "Json":
-    """What the gate read, by name, without what the schemas mark as sensitive."""
+    """What the gate reads, by name, without what the schemas mark as sensitive; null stands for what is missing."""
     shown = _inputs_to_show(attempt)
     values = {**shown["outputs"], "input": shown["input"]}
-    return {".".join(path): templates.lookup(path, values) for path in gate.references}
+    return {".".join(path): _value_to_show(path, values) for path in gate.references}
+
+
+def _value_to_show(path: "Path", values: "Json") -> object:
+    """What stands at a path of what may be shown, or in place of that in which it lies: the whole may be hidden."""
+    value: object = values
+    for name in path:
+        if not isinstance(value, dict):
+            return value
+        value = value.get(name)
+    return value
 
 
 def _read_by(gate: expressions.Gate, claim: Claim) -> "Json":

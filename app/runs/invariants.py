@@ -325,9 +325,15 @@ def _gates_repeat_no_effect(facts: Facts) -> "_Found":
         for attempt in facts.attempts.values()
         if not attempt["repeatable"] and not attempt["reused_from"] and attempt["state"] in {"completed", "lost"}
     }
+    by_hand = {(a["agent"], a["generation"]) for a in facts.attempts.values() if a["decided_by"]}
     for event in facts.events:
-        by_gate = event["name"] == "step.reopened" and event["data"]["reason"].startswith("the gate of ")
-        if by_gate and (event["agent"], event["generation"] - 1) in done:
+        if event["name"] != "step.reopened" or not event["data"]["reason"].startswith("the gate of "):
+            continue
+        # An override begins a generation, and has nothing done again: what was done before it counts on.
+        before = event["generation"] - 1
+        while (event["agent"], before) in by_hand:
+            before -= 1
+        if (event["agent"], before) in done:
             yield event["agent"], f"In generation {event['generation']} a gate had an effect repeated."
 
 

@@ -37,11 +37,15 @@ create function stepfast.unknown_agents(p_run uuid) returns text[] language sql 
     where s.run_id = p_run and s.state = 'discarded' and a.error->>'code' = 'outcome_unknown'
 $$;
 
--- Those of some agents that in their generation had an effect, or may have had one, and may not be repeated.
+-- Those of some agents that in their generation had an effect, or may have had one, and may not be repeated. Whoever overrides
+-- a step begins a generation, and does nothing again: what was done in the one before it counts on.
 create function stepfast.done_agents(p_run uuid, p_agents text[]) returns text[] language sql stable as $$
     select coalesce(array_agg(distinct s.agent), '{}')
-    from stepfast.steps s join stepfast.attempts a on a.run_id = s.run_id and a.agent = s.agent and a.generation = s.generation
+    from stepfast.steps s join stepfast.attempts a on a.run_id = s.run_id and a.agent = s.agent
     where s.run_id = p_run and s.agent = any (p_agents)
+      and a.generation >= (select max(g) from generate_series(1, s.generation) g where not exists (
+          select from stepfast.attempts o
+          where o.run_id = s.run_id and o.agent = s.agent and o.generation = g and o.decided_by is not null))
       and (a.error->>'code' = 'outcome_unknown'
            or (not a.repeatable and a.reused_from is null and a.state in ('executing', 'completed')))
 $$;
