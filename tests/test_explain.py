@@ -287,6 +287,8 @@ def test_review_rounds_are_told(bench):
     text, command = _explained(bench, run)
     assert "deployer was given up after 2 rounds of its review loop (gate_refused): The gate does not hold." in text
     assert text.endswith("On the way: the gate of deployer sent coder back 2 times.")
+    # Not the loop's first agent, on which reviewer would only say the same again.
+    assert "To decide what the gate reads: `stepfast override RUN reviewer --output FILE`" in text
     assert command == "stepfast resume RUN --from coder"
 
 

@@ -196,13 +196,15 @@ def _advice(run: "Json", step: "Json", code: str, events: "Sequence[Json]") -> t
         return 1, f"This input stays what it is: `{again}`, with one that fits.", again
     if code == "gate_refused":
         sent_back = _last(events, "step.rerun", agent)
-        read = sent_back["data"]["rerun"] if sent_back else _read_by_gate(run, step)
-        if read is None:
+        read = _read_by_gate(run, step)
+        begun_at = sent_back["data"]["rerun"] if sent_back else read
+        if begun_at is None:
             return 2, f"To go on without it, give its output by hand: `{override}`, then `{resume}`.", override
-        again = f"{resume} --from {read}"
+        again = f"{resume} --from {begun_at}"
+        # What is put in the place of a loop's first agent is worked on once more, and may be refused once more.
         how = (
-            f"To let {read} try again: `{again}`. To put in its place what you know to be right: "
-            f"`stepfast override {name} {read} --output FILE`, then `{resume}`."
+            f"To let {begun_at} try again: `{again}`. To decide what the gate reads: "
+            f"`stepfast override {name} {read or begun_at} --output FILE`, then `{resume}`."
         )
         return 2, how, again
     return 3, f"When the cause is gone, `{resume}` gives it a new budget of attempts.", resume

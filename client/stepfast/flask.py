@@ -141,7 +141,7 @@ def _resume(
             return
         at = since(begin) if begin else None
         who = by or getuser()
-        good = resume_failed(database, by=who, pipeline=pipeline, begin=at, plan=plan, say=click.echo)
+        good = resume_failed(database, by=who, pipeline=pipeline, begin=at, plan=plan, tell=click.echo)
     if not good:
         raise click.exceptions.Exit(1)
 

@@ -189,13 +189,12 @@ class FailedRuns:
 
 
 def resume_failed(
-    found: "Database", *, by: str, pipeline: str | None, begin: datetime | None, plan: bool, say: Say
+    found: "Database", *, by: str, pipeline: str | None, begin: datetime | None, plan: bool, tell: Say
 ) -> bool:
     """Resumes what a resume can mend, or says what it would. Returns whether nothing was left or refused."""
-    told = say
 
     def say(text: str) -> object:
-        return told(plain(text))  # an agent may have written parts of it
+        return tell(plain(text))  # an agent may have written parts of it
 
     failed = FailedRuns(found, by=by, pipeline=pipeline, begin=begin)
     kinds = failed.kinds()

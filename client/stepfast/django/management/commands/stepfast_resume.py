@@ -39,6 +39,6 @@ class Command(BaseCommand):
                 return
             begin = since(options["since"]) if options["since"] else None
             wanted = {"pipeline": options["pipeline"], "begin": begin, "plan": options["plan"]}
-            good = resume_failed(database(), by=by, say=self.stdout.write, **wanted)
+            good = resume_failed(database(), by=by, tell=self.stdout.write, **wanted)
         if not good:
             raise CommandError("Not all were resumed.", returncode=1)
