@@ -101,7 +101,7 @@ def test_what_an_agent_wrote_does_not_command_a_terminal(system, here, write_ski
     client, said = stepfast.Client(database_url), []
     assert system.ended(client.enqueue(name, {}).id)["state"] == "failed"
     options = {"by": "ann", "pipeline": None, "begin": None, "plan": True}
-    resume_failed(client.database(), say=said.append, **options)
+    resume_failed(client.database(), tell=said.append, **options)
     (line,) = said
     assert "gone" in line
     assert line.isprintable()
