@@ -67,7 +67,7 @@ def engine(url: str, *, pool_max: int, name: str = "") -> "Engine":
         pool_size=pool_max,
         max_overflow=0,
         pool_timeout=30,
-        # The one used last, which has its functions' plans: a session's first sweep takes ten times as long as its next.
+        # The one used last, which has its functions' plans: a session's first sweep takes ten times as long.
         pool_use_lifo=True,
         # An error's text must not carry outputs into the logs.
         hide_parameters=True,
