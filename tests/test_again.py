@@ -267,6 +267,20 @@ def test_output_that_came_late_leaves_its_run_partial(bench):
     assert not bench.sql("select partial from stepfast.runs where id = :r", r=run)
 
 
+@pytest.mark.parametrize("others", [(), ("after",)])
+def test_output_that_came_late_and_was_all_that_lacked_makes_its_run_whole(bench, others):
+    """Where something was skipped for want of it, the run stays partial, and a resume goes on."""
+    slow = agent("slow", failure_mode=FailureMode.SKIP_DEPENDENTS, **EFFECT)
+    run = bench.start(pipeline(slow, *(agent(name, "slow") for name in others)))
+    late, _ = bench.claim(run, "slow", repeatable=False)
+    bench.sql("update stepfast.workers set ended_at = stepfast.now()")
+    bench.sweep()
+    partial = "select partial from stepfast.runs where id = :r"
+    assert bench.sql(partial, r=run)
+    assert bench.complete(late).outcome == "completed"
+    assert bench.sql(partial, r=run) == bool(others)
+
+
 def test_resume_from_a_completed_run_goes_on_to_its_end(bench):
     """With the default key, which no other run shares."""
     run = bench.start(line("a", "b"))

@@ -23,7 +23,12 @@ begin
     where run_id = s.run_id and agent = s.agent and item = s.item and resolved_at is null;
     insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id)
     values (s.run_id, r.event_seq + 1, 'step.settled', p_now, s.agent, s.item, s.generation, s.attempt_id);
-    update stepfast.runs set event_seq = event_seq + 1 where id = r.id;
+    -- A run that ended in part is whole where this was all that it lacked.
+    update stepfast.runs
+    set event_seq = event_seq + 1,
+        partial = partial and (stepfast.has_gap(r.id)
+                               or exists (select from stepfast.steps where run_id = r.id and state <> 'completed'))
+    where id = r.id;
     return jsonb_build_object('outcome', 'completed', 'run_state', r.state, 'ready', '[]'::jsonb);
 end $$;
 
