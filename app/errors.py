@@ -17,6 +17,7 @@ StepfastError                 one clear sentence, the next step, and the command
     │   └── HandlerFailed     a Python handler raised, or left its process
     └── Permanent             a retry would fail again
         ├── GateRefused       the gate was evaluated and is false
+        ├── SnapshotTooOld    an output that it reads as a snapshot is older than the file allows
         ├── InvalidInput      the run's input is not in the pipeline's input_schema: plain SQL started it
         ├── ModelRefused      the model's stop reason is `refusal`
         ├── OutcomeUnknown    an effect may have happened; a person must look
@@ -157,6 +158,11 @@ class GateRefused(Permanent):
     code = "gate_refused"
     who = "person"
     read: dict[str, object] | None = None
+
+
+class SnapshotTooOld(Permanent):
+    code = "snapshot_too_old"
+    who = "person"
 
 
 class InvalidInput(Permanent):

@@ -28,6 +28,8 @@ class Event(StrEnum):
     STEP_RESCUED = "step.rescued"
     STEP_RERUN = "step.rerun"
     STEP_REOPENED = "step.reopened"
+    STEP_STALE_READ = "step.stale_read"  # what it was given was superseded, or is older than declared; it is accepted
+    STEP_STALE_INPUT = "step.stale_input"  # what it reads is too old: it waits until that is done again
     STEP_SUSPENDED = "step.suspended"
     STEP_APPROVED = "step.approved"
     STEP_REJECTED = "step.rejected"

@@ -25,6 +25,7 @@ from app.errors import (
     InvalidInput,
     InvalidOutput,
     Misuse,
+    SnapshotTooOld,
     StaleClaim,
 )
 from app.events import Event
@@ -131,19 +132,21 @@ def _attempt(attempt: Attempt, broken: AgentError | None) -> Result:
         case "stale":
             return _stale(attempt)
         case "deferred":
-            events.emit(Event.STEP_DEFERRED, reason=claim.reason, held_by=claim.held_by)
+            deferred = Event.STEP_STALE_INPUT if claim.reason == "stale_input" else Event.STEP_DEFERRED
+            events.emit(deferred, reason=claim.reason, held_by=claim.held_by)
             return Result("deferred")
         case "reuse":
             assert claim.output is not None
             assert claim.reused_from is not None
             return _complete(attempt, Answer(claim.output), reused_from=UUID(claim.reused_from))
     events.emit(Event.STEP_CLAIMED, number=claim.number, worker=attempt.worker.worker_id)
+    if claim.stale:
+        events.emit(Event.STEP_STALE_READ, reads=claim.stale)
     reach(CrashPoint.CLAIM_AFTER, attempt.agent.id)
     try:
         if broken:
             raise broken
-        if claim.outcome == "bad_key":
-            raise AuthorMistake(f"{claim.problem[:1].upper()}{claim.problem[1:]}.")
+        _check_claim(attempt)
         _check_run_input(attempt)
         _check_gate(attempt)
         if attempt.agent.requires_human_approval and (digest := _digest(attempt)) != claim.approved:
@@ -165,6 +168,22 @@ def _stale(attempt: Attempt) -> Result:
     if claim.state == "worker_ended":
         attempt.worker.beat_soon()
     return Result("stale")
+
+
+def _check_claim(attempt: Attempt) -> None:
+    """Raises what the claim found wrong."""
+    claim = attempt.claim
+    said = f"{claim.problem[:1].upper()}{claim.problem[1:]}."
+    if claim.outcome == "bad_key":
+        raise AuthorMistake(said)
+    if claim.outcome == "too_old":
+        stale = claim.stale or {}
+        old = next((name for name, read in stale.items() if read["too_old"]), attempt.agent.id)
+        raise SnapshotTooOld(
+            said,
+            next_step=f"To make a new one: stepfast resume {attempt.step.run_id} --from {old}",
+            details={"reads": stale},
+        )
 
 
 def _find_handler(worker: "Worker", pipeline: "Pipeline", agent: "Agent") -> "Handler | None":

@@ -40,6 +40,8 @@ LEVELS = {
     Event.STEP_RESCUED: logging.WARNING,
     Event.STEP_RERUN: logging.WARNING,
     Event.STEP_REOPENED: logging.WARNING,
+    Event.STEP_STALE_READ: logging.WARNING,
+    Event.STEP_STALE_INPUT: logging.WARNING,
     Event.STEP_SUSPENDED: logging.WARNING,
     Event.STEP_APPROVED: logging.INFO,
     Event.STEP_REJECTED: logging.WARNING,

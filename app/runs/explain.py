@@ -31,6 +31,7 @@ _MEANINGS = {
     "account_problem": "The account's key, permission or budget must be mended first.",
     "run_deadline": "A resumed run goes on without a deadline.",
     "gate_refused": "It was not executed, and a retry would see the same values.",
+    "snapshot_too_old": "It was not executed: its on_stale says so.",
     "invalid_input": "Plain SQL started it, and the worker that was first to read its input refused it.",
     "model_refused": "The model declined, and a retry would ask the same.",
     "outcome_unknown": "It is not repeated by itself, because it may have had its effect.",
@@ -39,6 +40,7 @@ _MEANINGS = {
 # What a plain resume cannot mend, and why: bulk resumes leave it alone.
 NOT_BY_RESUME = {
     "gate_refused": "a gate refused: the same values would be refused again",
+    "snapshot_too_old": "what it reads is too old: the agent that made it must be done again",
     "invalid_input": "the input does not fit: the same input would not fit again",
     "model_refused": "the model declined: the same question would be declined again",
     "outcome_unknown": "nobody knows whether an effect happened: a person must look",
@@ -196,7 +198,7 @@ def _advice(run: "Json", step: "Json", code: str, events: "Sequence[Json]") -> t
         return 1, f"This input stays what it is: `{again}`, with one that fits.", again
     if code == "gate_refused":
         sent_back = _last(events, "step.rerun", agent)
-        read = _read_by_gate(run, step)
+        read = _last_read(run, step)
         begun_at = sent_back["data"]["rerun"] if sent_back else read
         if begun_at is None:
             return 2, f"To go on without it, give its output by hand: `{override}`, then `{resume}`.", override
@@ -207,14 +209,17 @@ def _advice(run: "Json", step: "Json", code: str, events: "Sequence[Json]") -> t
             f"`stepfast override {name} {read or begun_at} --output FILE`, then `{resume}`."
         )
         return 2, how, again
+    if code == "snapshot_too_old" and (old := _last_read(run, step)):
+        again = f"{resume} --from {old}"
+        return 2, f"To have {old} done again, and all that is made from it: `{again}`.", again
     return 3, f"When the cause is gone, `{resume}` gives it a new budget of attempts.", resume
 
 
-def _read_by_gate(run: "Json", step: "Json") -> str | None:
-    """Of the agents whose outputs the gate read, the last in the pipeline's order."""
+def _last_read(run: "Json", step: "Json") -> str | None:
+    """Of the agents whose outputs its error tells of, or on which it depends, the last in the pipeline's order."""
     errors = [entry["error"] for entry in step["tries"] if entry["error"]]
     details = errors[-1]["details"] if errors else {}
-    values = details.get("values") if isinstance(details, Mapping) else None
+    values = details.get("values", details.get("reads")) if isinstance(details, Mapping) else None
     read = {str(name).partition(".")[0] for name in values} if isinstance(values, Mapping) else set(step["depends_on"])
     found = [other["agent"] for other in run["steps"] if other["agent"] in read]
     return found[-1] if found else None

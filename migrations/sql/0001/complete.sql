@@ -1,10 +1,17 @@
 -- The late confirmation of an attempt that was taken for dead, while its outcome is unknown: the one write that is not
--- guarded by `executing`. It settles the key and the dead letter; the run waits for `resume`.
+-- guarded by `executing`. It settles the key and the dead letter; the run waits for `resume`. Refused where what it read was
+-- changed meanwhile: then what it did is not what the step is to do.
 create function stepfast.confirm_late(
     r stepfast.runs, s stepfast.steps, p_output jsonb,
     p_model text, p_request_id text, p_usage jsonb, p_cost_usd double precision, p_now timestamptz
 ) returns jsonb language plpgsql volatile as $$
 begin
+    if exists (
+        select from stepfast.attempts a, jsonb_each(a.reads) pin join stepfast.steps u on u.run_id = r.id and u.agent = pin.key
+        where a.run_id = s.run_id and a.id = s.attempt_id and u.agent = any (stepfast.strong_ancestors(r.id, s.agent))
+          and (u.state <> 'completed' or u.attempt_id <> (pin.value->>'attempt')::uuid)) then
+        return jsonb_build_object('outcome', 'stale', 'state', s.state, 'run_state', r.state);
+    end if;
     update stepfast.keys k set state = 'completed', ended_at = p_now
     from stepfast.attempts a
     where a.run_id = s.run_id and a.id = s.attempt_id and k.tenant = r.tenant and k.pipeline = r.pipeline

@@ -30,7 +30,7 @@ begin
                                   'run_state', r.state);
     end if;
     if p_action = 'rerun' then
-        v_again := array[p_rerun] || stepfast.descendants(p_run, p_rerun);
+        v_again := array[p_rerun] || stepfast.strong_descendants(p_run, p_rerun);
         -- A gate is no person: it does not have done again what may have had its effect.
         v_done := stepfast.done_agents(p_run, array_remove(v_again, p_agent));
         if v_done <> '{}' then
