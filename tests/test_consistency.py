@@ -6,9 +6,11 @@ import pytest
 from benches import ERROR, FREE, Bench
 from pipelines import agent, line, pipeline
 
+from app.cli.show import steps_table
 from app.errors import NotPossible
 from app.pipelines.model import Consistency, Dependency, OnStale
 from app.runs.database import engine
+from app.runs.explain import explain, stale_reads
 from app.runs.invariants import check
 from app.runs.orders import Orders
 from app.runs.reads import Reads
@@ -291,6 +293,26 @@ def test_review_round_leaves_snapshots(bench):
     bid, _ = bench.claim(run, "b")
     bench.store.fail(bid.step, bid.attempt_id, ERROR | {"code": "gate_refused"}, FREE, Ending("rerun", rerun="a"))
     assert bench.states(run) == {"a": "available", "b": "pending", "c": "completed"}
+
+
+def test_show_marks_stale_reads(bench):
+    """Those that were stale at the claim, and those that an override made so afterwards; explain tells of both."""
+    definition = pipeline(
+        agent("a"), agent("x"), agent("c", "a", declared=(snapshot("a"),)), agent("d", "x", declared=(snapshot("x"),))
+    )
+    run = bench.start(definition)
+    bench.do(run, "a", "x")
+    bench.pass_time(90)
+    bench.do(run, "c")
+    bench.do(run, "d")
+    bench.orders.override(run, "x", {"better": 1}, "ann", None)
+    reads = Reads(bench.store.engine)
+    found = reads.run(run)
+    assert {name: stale for name, stale in stale_reads(found).items() if stale} == {"c": ["a"], "d": ["x"]}
+    assert [row[1] for row in zip(*(column._cells for column in steps_table(found).columns), strict=True)] == [
+        *("completed", "completed", "completed (stale read of a)", "completed (stale read of x)")
+    ]
+    assert "stale reads were accepted: c, d" in explain(found, reads.event_list(run)).text
 
 
 def test_plain_line_reads_no_snapshot(bench):

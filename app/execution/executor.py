@@ -25,8 +25,10 @@ from app.errors import (
     InvalidInput,
     InvalidOutput,
     Misuse,
+    ProbeMissing,
     SnapshotTooOld,
     StaleClaim,
+    StaleInput,
 )
 from app.events import Event
 from app.execution import canvas
@@ -34,7 +36,7 @@ from app.execution.outcome import decide
 from app.execution.persistence import OUTAGE_MAX_S, through_outage
 from app.pipelines import expressions
 from app.pipelines.feedback import redacted_feedback
-from app.pipelines.model import hash_json
+from app.pipelines.model import canonical_json, hash_json
 from app.pipelines.run_input import check_input
 from app.redaction import capped, redact
 from app.runs.store import Bid, Claim, Ended, Ending, Paid, StepKey
@@ -148,6 +150,7 @@ def _attempt(attempt: Attempt, broken: AgentError | None) -> Result:
             raise broken
         _check_claim(attempt)
         _check_run_input(attempt)
+        _check_world(attempt)
         _check_gate(attempt)
         if attempt.agent.requires_human_approval and (digest := _digest(attempt)) != claim.approved:
             return _suspend(attempt, digest)
@@ -211,6 +214,27 @@ def _check_run_input(attempt: Attempt) -> None:
         check_input(attempt.claim.input, attempt.worker.settings.input_max_bytes, attempt.pipeline.input_schema)
     except Misuse as error:
         raise InvalidInput(error.message, next_step="Start another run, with an input that fits.") from error
+
+
+def _check_world(attempt: Attempt) -> None:
+    """Looks again at what those on which this agent depends strongly saw of the world."""
+    for seen in attempt.claim.observed:
+        from app.agents import handlers
+
+        observer, name, probe = seen["agent"], seen["name"], seen["probe"]
+        settings, agent = attempt.worker.settings, attempt.pipeline.by_id[observer]
+        found = handlers.find_probe(attempt.pipeline.name, agent, probe, settings)
+        if found is None:
+            raise ProbeMissing(f"This worker has no probe {probe} for what {observer} observed.")
+        now = handlers.look(found, _work(attempt))
+        if canonical_json(now) != canonical_json(seen["value"]):
+            stale = StaleInput(
+                f"{name}, which {observer} observed as {seen['value']!r}, is {now!r} now.",
+                next_step=f"Once it stays as it is: stepfast resume {attempt.step.run_id}",
+                details={"values": {f"{observer}.{name}": {"old": seen["value"], "new": now}}},
+            )
+            stale.agent = observer
+            raise stale
 
 
 def _check_gate(attempt: Attempt) -> None:
@@ -294,9 +318,9 @@ def _suspend(attempt: Attempt, digest: str) -> Result:
     return Result("suspended", _ready(ended))
 
 
-def _call(attempt: Attempt) -> Answer:
+def _work(attempt: Attempt) -> Work:
     claim = attempt.claim
-    work = Work(
+    return Work(
         run_id=attempt.step.run_id,
         attempt_id=attempt.id,
         pipeline=attempt.pipeline.name,
@@ -308,6 +332,10 @@ def _call(attempt: Attempt) -> Answer:
         deadline=attempt.deadline,
         feedback=claim.feedback,
     )
+
+
+def _call(attempt: Attempt) -> Answer:
+    work = _work(attempt)
     _warn_once_a_run(attempt)
     tracing = attempt.pipeline.tracing
     limit = attempt.worker.settings.log_value_max_bytes
@@ -357,7 +385,8 @@ def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None)
     reach(CrashPoint.COMPLETE_BEFORE, attempt.agent.id)
     try:
         ended = through_outage(
-            lambda: store.complete(attempt.step, attempt.id, answer.output, paid, reused_from), max_s=OUTAGE_MAX_S
+            lambda: store.complete(attempt.step, attempt.id, answer.output, paid, reused_from, answer.observed),
+            max_s=OUTAGE_MAX_S,
         )
     except DataError as error:
         reason = str(error.orig).splitlines()[0]

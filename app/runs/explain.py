@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from app.runs.states import RunState, StepState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from app.pipelines.model import Json
 
@@ -31,6 +31,8 @@ _MEANINGS = {
     "account_problem": "The account's key, permission or budget must be mended first.",
     "run_deadline": "A resumed run goes on without a deadline.",
     "gate_refused": "It was not executed, and a retry would see the same values.",
+    "probe_missing": "Its worker lacks the handlers.py of what it depends on: see STEPFAST_SKILLS.",
+    "stale_input": "It was not executed: what it works on was made in a world that is no more.",
     "snapshot_too_old": "It was not executed: its on_stale says so.",
     "invalid_input": "Plain SQL started it, and the worker that was first to read its input refused it.",
     "model_refused": "The model declined, and a retry would ask the same.",
@@ -154,7 +156,21 @@ def _gaps(run: "Json") -> "list[tuple[str, str]]":
         for other in step["depends_on"]
         if other in done and not step["tries"][-1]["decided_by"]
         if step["tries"][-1]["started_at"] < done[other]["ended_at"]
+        if not (other in step["snapshots"] and other in step["tries"][-1]["reads"])
     ]
+
+
+def stale_reads(run: "Json") -> "dict[str, list[str]]":
+    """By agent, whose outputs its current attempt read that were stale at its claim, or were superseded since."""
+    current = {step["agent"]: step["attempt_id"] for step in run["steps"]}
+    found = {}
+    for step in run["steps"]:
+        entry = next((one for one in step["tries"] if one["id"] == step["attempt_id"]), None)
+        if entry and entry["state"] in {"executing", "completed"}:
+            marked = set(entry["stale_reads"] or {})
+            marked |= {name for name, read in entry["reads"].items() if read["attempt"] != current[name]}
+            found[step["agent"]] = sorted(marked)
+    return found
 
 
 def _given_up(step: "Json", code: str, message: str) -> str:
@@ -345,8 +361,7 @@ def _on_the_way(run: "Json", events: "Sequence[Json]") -> "list[str]":
             told.append(f"{step['agent']} failed {_times(len(failed))} ({codes})")
         if lost:
             told.append(f"{step['agent']} was taken from a worker {_times(len(lost))}")
-    rounds = Counter((entry["agent"], entry["data"]["rerun"]) for entry in events if entry["name"] == "step.rerun")
-    told += [f"the gate of {agent} sent {back} back {_times(number)}" for (agent, back), number in rounds.items()]
+    told += _done_again(events)
     dismissed = [entry for entry in events if entry["name"] == "step.dismissed"]
     told += [f"the dead letter of {entry['agent']} was discarded{_by(entry['data'])}" for entry in dismissed]
     overridden = [entry for entry in events if entry["name"] == "step.overridden"]
@@ -357,6 +372,19 @@ def _on_the_way(run: "Json", events: "Sequence[Json]") -> "list[str]":
         told.append(f"it was resumed {_times(len(resumed))}, last{_by(resumed[-1]['data'])}")
     more = [f"{len(told) - _NAMED_MAX} more"] if len(told) > _NAMED_MAX else []
     return [f"On the way: {'; '.join([*told[:_NAMED_MAX], *more])}."] if told else []
+
+
+def _done_again(events: "Sequence[Json]") -> "Iterator[str]":
+    reruns = [entry for entry in events if entry["name"] == "step.rerun"]
+    gates = Counter((e["agent"], e["data"]["rerun"]) for e in reruns if e["data"]["code"] != "stale_input")
+    yield from (f"the gate of {agent} sent {back} back {_times(number)}" for (agent, back), number in gates.items())
+    found = [(e["agent"], e["data"]["rerun"]) for e in reruns if e["data"]["code"] == "stale_input"]
+    found += [(e["agent"], back) for e in events if e["name"] == "step.stale_input" for back in e["data"]["rerun"]]
+    for (agent, back), number in Counter(found).items():
+        yield f"{agent} found the output of {back} stale, and had it done again {_times(number)}"
+    accepted = sorted({entry["agent"] for entry in events if entry["name"] == "step.stale_read"})
+    if accepted:
+        yield f"stale reads were accepted: {', '.join(accepted[:_NAMED_MAX])}"
 
 
 def _totals(run: "Json") -> str:

@@ -55,7 +55,7 @@ CLAIM = call(
     ("alone", Boolean()),
 )
 DEFER = call("defer_v1", *_STEP, ("delay_ms", Integer()), ("reason", Text()))
-COMPLETE = call("complete_v1", *_ATTEMPT, ("output", _JSON), *_PAID, ("reused_from", PG_UUID()))
+COMPLETE = call("complete_v1", *_ATTEMPT, ("output", _JSON), *_PAID, ("reused_from", PG_UUID()), ("observed", _JSON))
 FAIL = call(
     "fail_v1",
     *_ATTEMPT,

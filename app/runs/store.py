@@ -59,6 +59,7 @@ class Claim:
     """The answer to a claim. `outcome` is claimed, reuse, bad_key, too_old, deferred, alone or stale (see claim.sql).
 
     `approved` is the digest that a person approved; `feedback` what a later gate read when it sent this step back;
+    `observed` is what those on which it depends strongly saw of the world: {"agent", "name", "value", "probe"} each.
     `next` the steps of this and other runs that the caller must now send, in this order; `stale` what makes it too_old.
     """
 
@@ -77,6 +78,7 @@ class Claim:
     reused_from: str | None = None
     problem: str = ""
     stale: "Json | None" = None
+    observed: "tuple[Json, ...]" = ()
     reason: str = ""
     state: str | None = None
     run_state: str | None = None
@@ -278,9 +280,15 @@ class Store:
         )
 
     def complete(
-        self, step: StepKey, attempt_id: UUID, output: "Json", paid: Paid, reused_from: UUID | None = None
+        self,
+        step: StepKey,
+        attempt_id: UUID,
+        output: "Json",
+        paid: Paid,
+        reused_from: UUID | None = None,
+        observed: "Sequence[Json]" = (),
     ) -> Ended:
-        """Commits an attempt's output and releases what waited for it."""
+        """Commits an attempt's output, with what it observed, and releases what waited for it."""
         answer = self._one(
             statements.COMPLETE,
             run=step.run_id,
@@ -293,6 +301,7 @@ class Store:
             usage=paid.usage,
             cost_usd=paid.cost_usd,
             reused_from=reused_from,
+            observed=list(observed) or None,
         )
         return _ended(step, answer)
 

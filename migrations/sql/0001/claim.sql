@@ -1,7 +1,7 @@
 -- Takes a step for one attempt, and hands over everything that it needs: one round trip.
 -- Returns {"outcome": …} and
 --   claimed       input, outputs (of p_reads), stale (of these, what was superseded or is too old), generation, number, failures,
---                 waits, rounds, feedback, approved (the digest)
+--                 waits, rounds, feedback, approved (the digest), observed (what its strong ancestors saw of the world)
 --   reuse         likewise, with output and reused_from: the key was completed by another run; complete with that
 --   bad_key       likewise, with problem: the key cannot be rendered, or belongs to other inputs; fail the attempt
 --   too_old       likewise, with problem and stale: a snapshot is older than it may be (refresh_snapshots); fail the attempt
@@ -77,6 +77,13 @@ begin
         'waits', s.waits, 'rounds', s.rounds, 'feedback', s.feedback,
         'approved', (select digest from stepfast.approvals
                      where run_id = p_run and agent = p_agent and item = p_item and state = 'approved'));
+    if r.observes then
+        v_answer := v_answer || jsonb_build_object('observed', (
+            select coalesce(jsonb_agg(o || jsonb_build_object('agent', u.agent) order by u.agent, o->>'name'), '[]')
+            from stepfast.steps u join stepfast.attempts a on a.run_id = u.run_id and a.id = u.attempt_id,
+                 jsonb_array_elements(a.observed) o
+            where u.run_id = p_run and u.agent = any (stepfast.strong_ancestors(p_run, p_agent)) and u.state = 'completed'));
+    end if;
     if s.state = 'executing' then
         update stepfast.attempts set deadline_at = v_now + p_timeout_ms * interval '1 ms'
         where run_id = p_run and id = p_attempt returning key, stale_reads into v_mine, v_stale;
