@@ -52,6 +52,7 @@ class Event(StrEnum):
     MODEL_ALIASED = "model.aliased"
     HANDLER_PRINTED = "handler.printed"
     HANDLER_LOG = "handler.log"
+    CACHE_AWAY = "checkpoint.cache_away"  # Redis does not answer, or is not named: outputs are read from Postgres
     FIELD_NOT_BUILT = "pipeline.field_not_built"
     PIPELINE_PUBLISHED = "pipeline.published"
     DEAD_LETTER_PUBLISHED = "dead_letter.published"

@@ -7,7 +7,7 @@ what the caller must send next.
 import json
 import random
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
@@ -39,6 +39,7 @@ from app.pipelines.feedback import redacted_feedback
 from app.pipelines.model import canonical_json, hash_json
 from app.pipelines.run_input import check_input
 from app.redaction import capped, redact
+from app.runs.output_cache import as_postgres_spells
 from app.runs.store import Bid, Claim, Ended, Ending, Paid, StepKey
 
 if TYPE_CHECKING:
@@ -106,10 +107,13 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
             repeatable=agent.repeatable or bool(handler and handler.repeatable),
             code_hash=handler.code_hash if handler else None,
             alone=worker.alone,
+            lean=_caches(worker, pipeline),
         )
         reach(CrashPoint.CLAIM_BEFORE, agent.id, str(step.run_id))
         claim = through_outage(lambda: worker.store.claim(bid), max_s=OUTAGE_MAX_S)
         _send_next(worker, claim)
+        if bid.lean and claim.reads:
+            claim = replace(claim, outputs=_outputs(worker, step, pipeline, claim))
         deadline = Deadline.after_ms(agent.timeout_ms)
         if claim.outcome == "alone":
             from app.execution import alone
@@ -118,6 +122,23 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
         attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline)
         with events.bound(attempt_id=str(attempt.id), generation=claim.generation):
             return _attempt(attempt, broken)
+
+
+def _caches(worker: "Worker", pipeline: "Pipeline") -> bool:
+    return worker.cache is not None and pipeline.checkpointing.store == "redis"
+
+
+def _outputs(worker: "Worker", step: StepKey, pipeline: "Pipeline", claim: Claim) -> "dict[str, Json]":
+    """What a lean claim reads: from the cache, and from Postgres where it is not there."""
+    assert worker.cache is not None
+    pins = {read["attempt"]: read["hash"] for read in claim.reads.values()}
+    found = worker.cache.get(pins)
+    if missing := pins.keys() - found.keys():
+        texts = through_outage(lambda: worker.store.outputs(step.run_id, missing), max_s=OUTAGE_MAX_S)
+        for attempt_id, text in texts.items():
+            found[attempt_id] = json.loads(text)
+            worker.cache.put(attempt_id, text.encode("utf-8", "surrogatepass"), pipeline.checkpointing.ttl_minutes)
+    return {name: found[read["attempt"]] for name, read in claim.reads.items()}
 
 
 def _send_next(worker: "Worker", claim: Claim) -> None:
@@ -372,6 +393,8 @@ def _warn_once_a_run(attempt: Attempt) -> None:
 
     for sentence in not_built(attempt.pipeline):
         events.emit(Event.FIELD_NOT_BUILT, message=sentence)
+    if attempt.pipeline.checkpointing.store == "redis" and not attempt.worker.cache:
+        events.emit(Event.CACHE_AWAY, message="STEPFAST_REDIS_URL is not set: outputs are read from Postgres.")
     aliases = attempt.worker.settings.model_aliases
     for model in sorted({agent.model for agent in attempt.pipeline.agents if agent.model in aliases}, key=str):
         assert model is not None
@@ -396,6 +419,10 @@ def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None)
     if ended.outcome == "stale":
         events.emit(Event.STEP_STALE_CLAIM, state="fenced", cost_usd=answer.cost_usd)
         return Result("stale")
+    if _caches(attempt.worker, attempt.pipeline):
+        assert attempt.worker.cache is not None
+        ttl_minutes = attempt.pipeline.checkpointing.ttl_minutes
+        attempt.worker.cache.put(str(attempt.id), as_postgres_spells(answer.output), ttl_minutes)
     events.emit(Event.STEP_REUSED if reused_from else Event.STEP_COMPLETED, cost_usd=answer.cost_usd)
     _emit_run_end(ended)
     return Result("completed", _ready(ended))

@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app import settings
 from app.execution.children import Children
 from app.runs.database import check_ready, engine, readiness
+from app.runs.output_cache import OutputCache
 from app.runs.presence import Presence
 from app.runs.store import Family, Store
 
@@ -44,6 +45,9 @@ class Worker:
             self.store.engine.dispose()
             raise
         self._presence = Presence(configured.need_session_database(), configured.lease_s, parent_id)
+        # jsonb's text has a space after each comma and colon.
+        unfolded_max_bytes = 2 * configured.output_max_bytes
+        self.cache = OutputCache(configured.redis_url, unfolded_max_bytes) if configured.redis_url else None
         self._lock = threading.Lock()
         self._present = False
         # Definitions are immutable: what was read once stays true.
@@ -94,6 +98,8 @@ class Worker:
             with suppress(SQLAlchemyError):
                 self.hand_over()
             self._presence.stop()
+        if self.cache:
+            self.cache.close()
         self.store.engine.dispose()
 
 

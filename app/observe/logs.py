@@ -64,6 +64,7 @@ LEVELS = {
     Event.MODEL_ALIASED: logging.WARNING,
     Event.HANDLER_PRINTED: logging.INFO,
     Event.HANDLER_LOG: logging.INFO,
+    Event.CACHE_AWAY: logging.WARNING,
     Event.FIELD_NOT_BUILT: logging.WARNING,
     Event.PIPELINE_PUBLISHED: logging.INFO,
     Event.DEAD_LETTER_PUBLISHED: logging.INFO,

@@ -141,16 +141,10 @@ def _checkpointing(top: Section) -> Checkpointing | None:
         store=section.choice("store", names.CHECKPOINT_STORES),
         ttl_minutes=section.integer("ttl_minutes", limits.TTL_MINUTES),
     )
-    if given.get("store") == "redis":
-        section.warn("store", REDIS_NOT_BUILT)
-    elif "ttl_minutes" in given:
-        section.warn("ttl_minutes", TTL_NOT_BUILT)
     return Checkpointing(**given)
 
 
 LANGFUSE_NOT_BUILT = "the tracing provider langfuse is not built yet: what it would show stands in the JSON logs."
-REDIS_NOT_BUILT = "the checkpoint store redis is not built yet: checkpoints stand in Postgres, and do not expire."
-TTL_NOT_BUILT = "ttl_minutes is not built yet: checkpoints do not expire."
 
 
 def _agent(section: Section, allowed: Allowed) -> Agent | None:

@@ -53,6 +53,7 @@ CLAIM = call(
     ("key_inputs", _JSON),
     ("wait_ms", Integer()),
     ("alone", Boolean()),
+    ("lean", Boolean()),
 )
 DEFER = call("defer_v1", *_STEP, ("delay_ms", Integer()), ("reason", Text()))
 COMPLETE = call("complete_v1", *_ATTEMPT, ("output", _JSON), *_PAID, ("reused_from", PG_UUID()), ("observed", _JSON))
@@ -95,6 +96,9 @@ MOVE_NAME = text("""
     on conflict (name) do update set hash = excluded.hash, moved_at = excluded.moved_at
     where pipeline_names.hash <> excluded.hash
 """)
+OUTPUTS = text(
+    "select id, cast(output as text) as output from stepfast.attempts where run_id = :run and id = any(:ids)"
+).bindparams(bindparam("ids", type_=ARRAY(PG_UUID())))
 DEFINITION = text("select definition from stepfast.pipelines where hash = :hash")
 UNPUBLISHED = text("""
     select payload from stepfast.dead_letters where published_at is null order by created_at limit :limit

@@ -39,7 +39,8 @@ class Bid:
     """A request to claim a step for one attempt.
 
     `timeout_ms` is when others may take the step away again; `wait_ms` is how long the step waits where another run
-    holds its key; `repeatable` says that dying under it is harmless; `alone` that its process executes nothing else.
+    holds its key; `repeatable` says that dying under it is harmless; `alone` that its process executes nothing else;
+    `lean` that the answer needs no outputs: whoever claims has a cache of them.
     """
 
     step: StepKey
@@ -52,12 +53,14 @@ class Bid:
     repeatable: bool
     code_hash: str | None = None
     alone: bool = False
+    lean: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """The answer to a claim. `outcome` is claimed, reuse, bad_key, too_old, deferred, alone or stale (see claim.sql).
 
+    Of a lean bid `outputs` is empty, and `reads` names them: {agent: {"attempt", "hash"}}.
     `approved` is the digest that a person approved; `feedback` what a later gate read when it sent this step back;
     `observed` is what those on which it depends strongly saw of the world: {"agent", "name", "value", "probe"} each.
     `next` the steps of this and other runs that the caller must now send, in this order; `stale` what makes it too_old.
@@ -67,6 +70,7 @@ class Claim:
     pipeline: str = ""
     input: "Json" = field(default_factory=dict)
     outputs: "dict[str, Json]" = field(default_factory=dict)
+    reads: "dict[str, Json]" = field(default_factory=dict)
     generation: int = 1
     number: int = 1
     failures: int = 0
@@ -264,12 +268,18 @@ class Store:
             key_inputs=[list(path) for path in bid.agent.key_inputs],
             wait_ms=bid.wait_ms,
             alone=bid.alone,
+            lean=bid.lean,
         )
         following = tuple(
             Unsent(StepKey(UUID(entry["run_id"]), entry["agent"], entry["item"]), entry["pipeline_hash"])
             for entry in answer.get("next", ())
         )
         return Claim(**answer | {"next": following})
+
+    def outputs(self, run_id: UUID, attempt_ids: "Collection[str]") -> "dict[str, str]":
+        """Committed outputs as Postgres spells them, by attempt id."""
+        rows = self._all(statements.OUTPUTS, run=run_id, ids=[UUID(one) for one in attempt_ids])
+        return {str(row.id): row.output for row in rows}
 
     def defer(self, step: StepKey, delay_ms: int, reason: str) -> bool:
         """Puts an available step off, counting against nothing. Returns whether it was available."""

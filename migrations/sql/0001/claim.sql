@@ -1,6 +1,6 @@
 -- Takes a step for one attempt, and hands over everything that it needs: one round trip.
 -- Returns {"outcome": …} and
---   claimed       input, outputs (of p_reads), stale (of these, what was superseded or is too old), generation, number, failures,
+--   claimed       input, outputs (of p_reads; none where p_lean), reads (their attempts and hashes), stale (of these, what was superseded or is too old), generation, number, failures,
 --                 waits, rounds, feedback, approved (the digest), observed (what its strong ancestors saw of the world)
 --   reuse         likewise, with output and reused_from: the key was completed by another run; complete with that
 --   bad_key       likewise, with problem: the key cannot be rendered, or belongs to other inputs; fail the attempt
@@ -13,7 +13,7 @@
 create function stepfast.claim_v1(
     p_run uuid, p_agent text, p_item text, p_pipeline_hash text, p_attempt uuid, p_worker bigint,
     p_timeout_ms integer, p_repeatable boolean, p_code_hash text, p_reads text[], p_key_parts jsonb, p_key_inputs jsonb, p_wait_ms integer,
-    p_alone boolean
+    p_alone boolean, p_lean boolean
 ) returns jsonb language plpgsql volatile as $$
 declare
     v_now timestamptz;
@@ -52,7 +52,8 @@ begin
     end if;
 
     if s.state = 'executing' then -- what it pinned: a snapshot may have been superseded since
-        select coalesce(jsonb_object_agg(a.agent, a.output), '{}') into v_outputs
+        select coalesce(jsonb_object_agg(a.agent, a.output), '{}'), coalesce(jsonb_object_agg(pin.key, pin.value), '{}')
+        into v_outputs, v_reads
         from stepfast.attempts mine, jsonb_each(mine.reads) pin
             join stepfast.attempts a on a.run_id = p_run and a.id = (pin.value->>'attempt')::uuid
         where mine.run_id = p_run and mine.id = p_attempt;
@@ -73,7 +74,7 @@ begin
         end if;
     end if;
     v_answer := jsonb_build_object('outcome', 'claimed', 'stale', v_stale, 'tenant', r.tenant, 'pipeline', r.pipeline, 'input', r.input,
-        'outputs', v_outputs, 'generation', s.generation, 'number', s.attempts + 1, 'failures', s.failures,
+        'outputs', case when p_lean then '{}' else v_outputs end, 'reads', v_reads, 'generation', s.generation, 'number', s.attempts + 1, 'failures', s.failures,
         'waits', s.waits, 'rounds', s.rounds, 'feedback', s.feedback,
         'approved', (select digest from stepfast.approvals
                      where run_id = p_run and agent = p_agent and item = p_item and state = 'approved'));
