@@ -8,12 +8,13 @@ from pipelines import agent, line, pipeline
 
 from app.cli.show import steps_table
 from app.errors import NotPossible
-from app.pipelines.model import Consistency, Dependency, OnStale
+from app.pipelines.model import Checkpointing, Consistency, Dependency, OnStale
 from app.runs.database import engine
 from app.runs.explain import explain, stale_reads
 from app.runs.invariants import check
 from app.runs.orders import Orders
 from app.runs.reads import Reads
+from app.runs.resume_plan import resume_plan, sentences
 from app.runs.store import Ending, Store
 
 MINUTE_MS = 60_000
@@ -313,6 +314,36 @@ def test_show_marks_stale_reads(bench):
         *("completed", "completed", "completed (stale read of a)", "completed (stale read of x)")
     ]
     assert "stale reads were accepted: c, d" in explain(found, reads.event_list(run)).text
+
+
+def plan(bench, run, from_agent=None):
+    reads = Reads(bench.store.engine)
+    after = bench.orders.rehearse(run, "me", from_agent)
+    return resume_plan(
+        reads.run(run), after, bench.definition, None, now=reads.now(), code_here={}, effects=reads.effect_list(run)
+    )
+
+
+def test_plan_tells_what_will_be_unknown(bench):
+    """Before a person types the command that interrupts an effect."""
+    run = bench.start(pipeline(agent("a"), agent("b", "a", handler="handlers:b")))
+    bench.do(run, "a")
+    bench.claim(run, "b", repeatable=False)
+    assert [entry["verdict"] for entry in plan(bench, run, "a")["agents"]] == ["re-run", "outcome unknown"]
+    assert bench.states(run)["b"] == "executing"
+
+
+def test_plan_marks_checkpoints_past_their_ttl(bench):
+    """They are kept: a ttl that did work again by itself would cost money when nobody looks."""
+    run = bench.start(pipeline(agent("a"), agent("b", "a"), checkpointing=Checkpointing(ttl_minutes=60)))
+    bench.do(run, "a")
+    bench.fail(bench.claim(run, "b")[0])
+    assert [entry["past_ttl"] for entry in plan(bench, run)["agents"]] == [False, False]
+    bench.pass_time(3_700)
+    found = plan(bench, run)
+    assert [(entry["verdict"], entry["past_ttl"]) for entry in found["agents"]] == [("reuse", True), ("re-run", False)]
+    assert found["agents"][0]["reason"] == "completed; older than its ttl of 60 minutes"
+    assert any("older than the checkpoints' ttl: a." in sentence for sentence in sentences(found))
 
 
 def test_plain_line_reads_no_snapshot(bench):

@@ -1,9 +1,18 @@
 """What a skill file declares of how an agent reads another: what loads, and what is refused where."""
 
-import pytest
-from skills import check, lines, write
+import re
+import types
 
+import pytest
+from deploying import Memory
+from skills import ROOT, check, lines, write
+from working import order
+
+from app.agents import handlers
+from app.agents.handlers import Handler
+from app.pipelines import starter
 from app.pipelines.model import Consistency, Dependency, OnStale, Pipeline
+from app.settings import MODEL_ALIASES, Settings
 
 SKILL = """\
 name: demo
@@ -99,3 +108,19 @@ def test_review_loop_needs_a_strong_way(tmp_path):
     assert lines(write(tmp_path, skill)) == [
         "11:25 error second reads first as a snapshot, and would not wait for its new output."
     ]
+
+
+def test_documents_examples_are_right(tmp_path):
+    """docs/consistency.md: its file loads, and its handler observes what its probe sees."""
+    document = (ROOT / "docs/consistency.md").read_text()
+    path = tmp_path / "example.skill.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)```", document, re.DOTALL)[1])
+    starter.complete(path, aliases=MODEL_ALIASES, handler_modules=())
+    assert check(path).faults == ()
+
+    beside = types.ModuleType("beside")
+    exec(re.search(r"```python\n(.*?)```", document, re.DOTALL)[1], beside.__dict__)
+    survey, probe = (Handler(one, "0" * 64, False, beside) for one in (beside.survey, beside.repo_head))
+    work = order(given={"head": "abc"})
+    (seen,) = handlers.call(survey, work, Memory(), Settings()).observed
+    assert seen["value"] == handlers.look(probe, work) == "abc"

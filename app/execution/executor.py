@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 from sqlalchemy.exc import DataError
 
 from app import events
-from app.agents.work import Answer, Effect, EffectState, Work
+from app.agents.work import Answer, Work
 from app.clock import Deadline
 from app.crashpoints import CrashPoint, reach
 from app.errors import (
@@ -32,6 +32,7 @@ from app.errors import (
 )
 from app.events import Event
 from app.execution import canvas
+from app.execution.effects import RecordedEffects
 from app.execution.outcome import decide
 from app.execution.persistence import OUTAGE_MAX_S, through_outage
 from app.pipelines import expressions
@@ -39,7 +40,6 @@ from app.pipelines.feedback import redacted_feedback
 from app.pipelines.model import canonical_json, hash_json
 from app.pipelines.run_input import check_input
 from app.redaction import capped, redact
-from app.runs.output_cache import as_postgres_spells
 from app.runs.store import Bid, Claim, Ended, Ending, Paid, StepKey
 
 if TYPE_CHECKING:
@@ -366,7 +366,12 @@ def _call(attempt: Attempt) -> Answer:
     if attempt.handler:
         from app.agents import handlers
 
-        answer = handlers.call(attempt.handler, work, RecordedEffects(attempt), attempt.worker.settings)
+        answer = handlers.call(
+            attempt.handler,
+            work,
+            RecordedEffects(attempt.worker.store, attempt.step, attempt.id),
+            attempt.worker.settings,
+        )
     else:
         from app.agents import claude
 
@@ -419,8 +424,9 @@ def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None)
     if ended.outcome == "stale":
         events.emit(Event.STEP_STALE_CLAIM, state="fenced", cost_usd=answer.cost_usd)
         return Result("stale")
-    if _caches(attempt.worker, attempt.pipeline):
-        assert attempt.worker.cache is not None
+    if attempt.worker.cache and _caches(attempt.worker, attempt.pipeline):
+        from app.runs.output_cache import as_postgres_spells
+
         ttl_minutes = attempt.pipeline.checkpointing.ttl_minutes
         attempt.worker.cache.put(str(attempt.id), as_postgres_spells(answer.output), ttl_minutes)
     events.emit(Event.STEP_REUSED if reused_from else Event.STEP_COMPLETED, cost_usd=answer.cost_usd)
@@ -499,31 +505,3 @@ def _emit_run_end(ended: Ended) -> None:
         events.emit(Event.RUN_SUSPENDED)
     elif ended.run_state == "failed" and ended.outcome == "discarded":
         events.emit(Event.RUN_FAILED)
-
-
-class RecordedEffects:
-    """`ctx.once`'s record, guarded by the attempt."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
-        self._store = attempt.worker.store
-
-    def begin(self, key: str) -> Effect:
-        step, attempt_id = self._attempt.step, self._attempt.id
-        answer = through_outage(lambda: self._store.begin_effect(step, attempt_id, key), max_s=OUTAGE_MAX_S)
-        self._fence(answer)
-        return Effect(EffectState(answer["state"]), answer.get("output"))
-
-    def finish(self, key: str, output: "Json") -> None:
-        self._end(key, output)
-
-    def forget(self, key: str) -> None:
-        self._end(key, None)
-
-    def _end(self, key: str, output: "Json | None") -> None:
-        step, attempt_id = self._attempt.step, self._attempt.id
-        self._fence(through_outage(lambda: self._store.end_effect(step, attempt_id, key, output), max_s=OUTAGE_MAX_S))
-
-    def _fence(self, answer: "Json") -> None:
-        if answer["state"] == "stale":
-            raise StaleClaim("This attempt was fenced.")

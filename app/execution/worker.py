@@ -14,12 +14,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from app import settings
 from app.execution.children import Children
 from app.runs.database import check_ready, engine, readiness
-from app.runs.output_cache import OutputCache
 from app.runs.presence import Presence
 from app.runs.store import Family, Store
 
 if TYPE_CHECKING:
     from app.pipelines.model import Pipeline
+    from app.runs.output_cache import OutputCache
     from app.settings import Settings
 
 _DEFINITIONS_MAX = 256
@@ -45,9 +45,7 @@ class Worker:
             self.store.engine.dispose()
             raise
         self._presence = Presence(configured.need_session_database(), configured.lease_s, parent_id)
-        # jsonb's text has a space after each comma and colon.
-        unfolded_max_bytes = 2 * configured.output_max_bytes
-        self.cache = OutputCache(configured.redis_url, unfolded_max_bytes) if configured.redis_url else None
+        self.cache = _cache(configured)
         self._lock = threading.Lock()
         self._present = False
         # Definitions are immutable: what was read once stays true.
@@ -101,6 +99,15 @@ class Worker:
         if self.cache:
             self.cache.close()
         self.store.engine.dispose()
+
+
+def _cache(configured: "Settings") -> "OutputCache | None":
+    if not configured.redis_url:
+        return None
+    from app.runs.output_cache import OutputCache
+
+    # A jsonb's text has a space after each comma and colon.
+    return OutputCache(configured.redis_url, 2 * configured.output_max_bytes)
 
 
 _current: Worker | None = None

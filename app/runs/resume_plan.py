@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 REUSE = "reuse"  # completed; its output is kept
 STALE = "stale"  # likewise, though what it was made from has changed, or will
 RERUN = "re-run"  # will be executed
+UNKNOWN = "outcome unknown"  # executes, and may not be repeated: a person must look afterwards
 GOES_ON = "goes on"  # is under way, and is left alone
 
 _OWN_WORD = {"model": "model", "prompt": "prompt", "schema": "schema", "output_schema": "schema", "handler": "handler"}
@@ -42,7 +43,7 @@ def resume_plan(
     Keys: run_id, pipeline, pinned and published ({version, hash}), published_changes (agent: what differs), agents,
     effects and approvals (those of `agents`), loops (agent, rerun, rounds: what a gate that refuses may have done
     again, and how often), saved_usd, estimate_usd, unpriced (agents that never had a price). Each of `agents` has
-    agent, verdict (reuse, stale, re-run, goes on), reason, past_ttl (kept, though older than the file's ttl),
+    agent, verdict (one of those above), reason, past_ttl (kept, though older than the file's ttl),
     generation, changed (input, handler code), published_changes, cost_usd (of what is kept, or what it cost before),
     effects ({key, state}) and approval (None, "asked" or "asked again").
     """
@@ -94,6 +95,8 @@ def _verdict(step: "Json", state: str, generation: int) -> tuple[str, str]:
         return (RERUN, f"again, in generation {generation}") if state in _TO_DO else (before, "")
     if state == StepState.COMPLETED:
         return REUSE, "overridden by hand" if _current(step).get("decided_by") else "completed"
+    if before == StepState.EXECUTING and state == StepState.DISCARDED:
+        return UNKNOWN, "it executes on an old input, and may not be repeated"
     if before in _ENDED_BADLY and state in _TO_DO:
         return RERUN, f"it was {before}"
     if before == StepState.PENDING:
