@@ -250,6 +250,17 @@ def test_stale_snapshot_repeats_no_effect(bench):
     bench.fail(bid)
 
 
+def test_stale_snapshot_replaces_no_output_of_a_person(bench):
+    """Whoever overrode it decided it: that is not undone because time passed."""
+    run = bench.start(reading(OnStale.RERUN))
+    bench.do(run, "a")
+    bench.orders.override(run, "a", {"better": 1}, "ann", None)
+    bench.pass_time(90)
+    bid, claim = bench.claim(run, "c")
+    assert claim.problem.endswith("it is not done again, because ann gave it by hand")
+    bench.fail(bid)
+
+
 def test_age_of_a_taken_output_is_counted_where_it_was_made(bench):
     """A key that another run completed an hour ago gives an hour-old output; done again, it is made anew."""
     key = ({"path": ["input", "order"]},)

@@ -114,8 +114,9 @@ begin
         return null;
     end if;
     for u in
-        select key as agent, value as read, t.stale_reruns
+        select key as agent, value as read, t.stale_reruns, a.decided_by
         from jsonb_each(p_stale) join stepfast.steps t on t.run_id = r.id and t.agent = key
+            join stepfast.attempts a on a.run_id = r.id and a.id = (value->>'attempt')::uuid
         where (value->>'too_old')::boolean and value->>'on_stale' <> 'accept' order by key loop
         v_told := format('the output of %s is %s ms old, and %s may not use it after %s ms', u.agent, u.read->>'age_ms', s.agent,
                          u.read->>'max_staleness_ms');
@@ -124,6 +125,8 @@ begin
             v_reasons := v_reasons || v_told;
         elsif (u.read->>'superseded')::boolean then
             null; -- the next one is being made
+        elsif u.decided_by is not null then
+            v_reasons := v_reasons || format('%s; it is not done again, because %s gave it by hand', v_told, u.decided_by);
         elsif u.stale_reruns >= stepfast.stale_reruns_max() then
             v_reasons := v_reasons || format('%s; it was done again %s times', v_told, u.stale_reruns);
         elsif stepfast.done_agents(r.id, v_again) <> '{}' then
