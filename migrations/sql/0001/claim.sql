@@ -1,11 +1,13 @@
 -- Takes a step for one attempt, and hands over everything that it needs: one round trip.
 -- Returns {"outcome": …} and
---   claimed       input, outputs (of p_reads; none where p_lean), reads (their attempts and hashes), stale (of these, what was superseded or is too old), generation, number, failures,
---                 waits, rounds, feedback, approved (the digest), observed (what its strong ancestors saw of the world)
+--   claimed       input, outputs (of p_reads; where p_lean none, but reads: their attempts and hashes), stale (of these, what was
+--                 superseded or is too old), observed (what its strong ancestors saw of the world), generation, number, failures,
+--                 waits, rounds, feedback, approved (the digest)
 --   reuse         likewise, with output and reused_from: the key was completed by another run; complete with that
 --   bad_key       likewise, with problem: the key cannot be rendered, or belongs to other inputs; fail the attempt
 --   too_old       likewise, with problem and stale: a snapshot is older than it may be (refresh_snapshots); fail the attempt
---   deferred      nothing was claimed: another run holds the key, and the step is retried later; or what it reads is done again first
+--   deferred      nothing was claimed: another run holds the key, and the step is retried later; or (stale_input) what it reads is
+--                 done again first
 --   alone         nothing was claimed: workers died under it, so it may run only where it has no neighbours (p_alone)
 --   stale         nothing was claimed: state and run_state say why
 -- and, where steps of the queue wait to be sent, next: those that take this one's place, for the caller to send (send_next).
@@ -73,8 +75,9 @@ begin
             end if;
         end if;
     end if;
-    v_answer := jsonb_build_object('outcome', 'claimed', 'stale', v_stale, 'tenant', r.tenant, 'pipeline', r.pipeline, 'input', r.input,
-        'outputs', case when p_lean then '{}' else v_outputs end, 'reads', v_reads, 'generation', s.generation, 'number', s.attempts + 1, 'failures', s.failures,
+    v_answer := jsonb_build_object('outcome', 'claimed', 'tenant', r.tenant, 'pipeline', r.pipeline, 'input', r.input,
+        'outputs', case when p_lean then '{}' else v_outputs end, 'reads', case when p_lean then v_reads else '{}' end,
+        'stale', v_stale, 'generation', s.generation, 'number', s.attempts + 1, 'failures', s.failures,
         'waits', s.waits, 'rounds', s.rounds, 'feedback', s.feedback,
         'approved', (select digest from stepfast.approvals
                      where run_id = p_run and agent = p_agent and item = p_item and state = 'approved'));
