@@ -85,7 +85,7 @@ begin
     insert into stepfast.steps (run_id, agent, state, depends_on, snapshots, failure_mode, queue, max_worker_losses, priority, created_at)
     select p_run, a->>'id', case when a->'depends_on' = '[]' and not v_waits then 'available' else 'pending' end,
            array(select jsonb_array_elements_text(a->'depends_on')),
-           coalesce((select jsonb_object_agg(d->>'agent', jsonb_build_object('max_staleness_ms', d->'max_staleness_ms', 'on_stale', d->'on_stale'))
+           coalesce((select jsonb_object_agg(d->>'agent', d - '{agent,consistency}'::text[])
                      from jsonb_array_elements(a->'declared') d where d->>'consistency' = 'snapshot'), '{}'),
            a->>'failure_mode', a->>'queue',
            (a->'retry_policy'->>'max_worker_losses')::int, p_priority, v_now

@@ -71,7 +71,7 @@ create table stepfast.steps (
                                          'skipped', 'discarded', 'cancelled')),
     generation integer not null default 1 check (generation >= 1),
     depends_on text[] not null,
-    snapshots jsonb not null default '{}', -- {agent: {"max_staleness_ms", "on_stale"}}: of depends_on those that it reads as a snapshot
+    snapshots jsonb not null default '{}', -- of depends_on: {agent: {"max_staleness_ms", "on_stale"}}
     failure_mode text not null check (failure_mode in ('halt_pipeline', 'skip_dependents', 'continue')),
     queue text not null,
     max_worker_losses integer not null,
@@ -114,7 +114,7 @@ create table stepfast.attempts (
     key text,
     inputs_hash text not null,
     reads jsonb not null,               -- {agent: {"attempt": id, "hash": of its output}}: what it was given
-    stale_reads jsonb,                  -- of what it was given, what was superseded or too old: {agent: {"attempt", "age_ms", "superseded", …}}
+    stale_reads jsonb,                  -- what of that was superseded or too old: {agent: {"attempt", "age_ms", …}}
     started_at timestamptz not null,
     deadline_at timestamptz not null,
     overstayed_at timestamptz,          -- when it was first seen past its deadline
