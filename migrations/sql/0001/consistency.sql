@@ -114,10 +114,10 @@ begin
         return null;
     end if;
     for u in
-        select key as agent, value as read, t.stale_reruns, a.decided_by
-        from jsonb_each(p_stale) join stepfast.steps t on t.run_id = r.id and t.agent = key
-            join stepfast.attempts a on a.run_id = r.id and a.id = (value->>'attempt')::uuid
-        where (value->>'too_old')::boolean and value->>'on_stale' <> 'accept' order by key loop
+        select e.agent, e.read, t.stale_reruns, a.decided_by
+        from jsonb_each(p_stale) e (agent, read) join stepfast.steps t on t.run_id = r.id and t.agent = e.agent
+            join stepfast.attempts a on a.run_id = r.id and a.id = (e.read->>'attempt')::uuid
+        where (e.read->>'too_old')::boolean and e.read->>'on_stale' <> 'accept' order by e.agent loop
         v_told := format('the output of %s is %s ms old, and %s may not use it after %s ms', u.agent, u.read->>'age_ms', s.agent,
                          u.read->>'max_staleness_ms');
         v_again := array[u.agent] || stepfast.strong_descendants(r.id, u.agent);
