@@ -31,7 +31,7 @@ from app.errors import (
     StaleInput,
 )
 from app.events import Event
-from app.execution import canvas
+from app.execution import cached, canvas
 from app.execution.effects import RecordedEffects
 from app.execution.outcome import decide
 from app.execution.persistence import OUTAGE_MAX_S, through_outage
@@ -107,13 +107,13 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
             repeatable=agent.repeatable or bool(handler and handler.repeatable),
             code_hash=handler.code_hash if handler else None,
             alone=worker.alone,
-            lean=_caches(worker, pipeline),
+            lean=cached.caches(worker, pipeline),
         )
         reach(CrashPoint.CLAIM_BEFORE, agent.id, str(step.run_id))
         claim = through_outage(lambda: worker.store.claim(bid), max_s=OUTAGE_MAX_S)
         _send_next(worker, claim)
         if bid.lean and claim.reads:
-            claim = replace(claim, outputs=_outputs(worker, step, pipeline, claim))
+            claim = replace(claim, outputs=cached.outputs(worker, step.run_id, pipeline, claim))
         deadline = Deadline.after_ms(agent.timeout_ms)
         if claim.outcome == "alone":
             from app.execution import alone
@@ -122,23 +122,6 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
         attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline)
         with events.bound(attempt_id=str(attempt.id), generation=claim.generation):
             return _attempt(attempt, broken)
-
-
-def _caches(worker: "Worker", pipeline: "Pipeline") -> bool:
-    return worker.cache is not None and pipeline.checkpointing.store == "redis"
-
-
-def _outputs(worker: "Worker", step: StepKey, pipeline: "Pipeline", claim: Claim) -> "dict[str, Json]":
-    """What a lean claim reads: from the cache, and from Postgres where it is not there."""
-    assert worker.cache is not None
-    pins = {read["attempt"]: read["hash"] for read in claim.reads.values()}
-    found = worker.cache.get(pins)
-    if missing := pins.keys() - found.keys():
-        texts = through_outage(lambda: worker.store.outputs(step.run_id, missing), max_s=OUTAGE_MAX_S)
-        for attempt_id, text in texts.items():
-            found[attempt_id] = json.loads(text)
-            worker.cache.put(attempt_id, text.encode("utf-8", "surrogatepass"), pipeline.checkpointing.ttl_minutes)
-    return {name: found[read["attempt"]] for name, read in claim.reads.items()}
 
 
 def _send_next(worker: "Worker", claim: Claim) -> None:
@@ -424,11 +407,7 @@ def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None)
     if ended.outcome == "stale":
         events.emit(Event.STEP_STALE_CLAIM, state="fenced", cost_usd=answer.cost_usd)
         return Result("stale")
-    if attempt.worker.cache and _caches(attempt.worker, attempt.pipeline):
-        from app.runs.output_cache import as_postgres_spells
-
-        ttl_minutes = attempt.pipeline.checkpointing.ttl_minutes
-        attempt.worker.cache.put(str(attempt.id), as_postgres_spells(answer.output), ttl_minutes)
+    cached.keep(attempt.worker, attempt.pipeline, attempt.id, answer.output)
     events.emit(Event.STEP_REUSED if reused_from else Event.STEP_COMPLETED, cost_usd=answer.cost_usd)
     _emit_run_end(ended)
     return Result("completed", _ready(ended))
