@@ -9,6 +9,7 @@ import redis
 from sqlalchemy import event, text
 from working import emitting
 
+from app.errors import NotReady
 from app.execution.executor import execute
 from app.runs.database import engine
 from app.runs.invariants import check
@@ -126,6 +127,13 @@ def test_redis_that_is_away_is_said_once_and_slows_nothing(system, monkeypatch, 
         assert [cached.step(agent) for agent in "abc"] == [0, 1, 1]
         assert cached.output("c")["a"] == cached.output("a")
         assert len([fields for name, fields in told if name == "checkpoint.cache_away"]) == 1
+
+
+def test_address_that_is_none_is_refused(system, monkeypatch):
+    """A worker that cannot have what it is told to have does not start without it."""
+    system.environ["STEPFAST_REDIS_URL"] = "postgresql://somewhere"
+    with pytest.raises(NotReady, match="STEPFAST_REDIS_URL is not a Redis URL"), system.here(monkeypatch):
+        pass
 
 
 def test_pipeline_that_does_not_ask_uses_no_cache(system, monkeypatch, write_skill, client):

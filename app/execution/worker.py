@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import settings
+from app.errors import NotReady
 from app.execution.children import Children
 from app.runs.database import check_ready, engine, readiness
 from app.runs.presence import Presence
@@ -37,6 +38,7 @@ class Worker:
         self.alone = parent_id is not None
         self.children = Children()
         url = configured.need_database()
+        self.cache = _cache(configured)
         self.store = Store(engine(url, pool_max=configured.database_pool_max))
         try:
             with readiness(), self.store.engine.connect() as connection:
@@ -45,7 +47,6 @@ class Worker:
             self.store.engine.dispose()
             raise
         self._presence = Presence(configured.need_session_database(), configured.lease_s, parent_id)
-        self.cache = _cache(configured)
         self._lock = threading.Lock()
         self._present = False
         # Definitions are immutable: what was read once stays true.
@@ -107,7 +108,10 @@ def _cache(configured: "Settings") -> "OutputCache | None":
     from app.runs.output_cache import OutputCache
 
     # A jsonb's text has a space after each comma and colon.
-    return OutputCache(configured.redis_url, 2 * configured.output_max_bytes)
+    try:
+        return OutputCache(configured.redis_url, 2 * configured.output_max_bytes)
+    except ValueError as error:
+        raise NotReady("STEPFAST_REDIS_URL is not a Redis URL.", next_step="Write redis://host/0.") from error
 
 
 _current: Worker | None = None
