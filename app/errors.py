@@ -14,9 +14,12 @@ StepfastError                 one clear sentence, the next step, and the command
     │   ├── TimedOut          the agent's `timeout_ms` passed
     │   ├── InvalidOutput     no JSON, or not in the schema
     │   ├── OutputCut         the model stopped at `max_tokens`
+    │   ├── ProbeMissing      this worker lacks a probe; counts against no limit of attempts
     │   └── HandlerFailed     a Python handler raised, or left its process
     └── Permanent             a retry would fail again
         ├── GateRefused       the gate was evaluated and is false
+        ├── StaleInput        what an earlier agent saw of the world has changed: that is done again
+        ├── SnapshotTooOld    an output that it reads as a snapshot is older than the file allows
         ├── InvalidInput      the run's input is not in the pipeline's input_schema: plain SQL started it
         ├── ModelRefused      the model's stop reason is `refusal`
         ├── OutcomeUnknown    an effect may have happened; a person must look
@@ -146,6 +149,11 @@ class HandlerFailed(Retryable):
     code = "handler_failed"
 
 
+class ProbeMissing(Retryable):
+    code = "probe_missing"
+    counts_as_attempt = False
+
+
 class Permanent(AgentError):
     code = "permanent"
     who: ClassVar[Who] = "operator"
@@ -157,6 +165,19 @@ class GateRefused(Permanent):
     code = "gate_refused"
     who = "person"
     read: dict[str, object] | None = None
+
+
+class StaleInput(Permanent):
+    """`agent` is who saw what has changed."""
+
+    code = "stale_input"
+    who = "person"
+    agent: str
+
+
+class SnapshotTooOld(Permanent):
+    code = "snapshot_too_old"
+    who = "person"
 
 
 class InvalidInput(Permanent):

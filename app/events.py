@@ -28,6 +28,8 @@ class Event(StrEnum):
     STEP_RESCUED = "step.rescued"
     STEP_RERUN = "step.rerun"
     STEP_REOPENED = "step.reopened"
+    STEP_STALE_READ = "step.stale_read"  # what it was given was superseded, or is older than declared; it is accepted
+    STEP_STALE_INPUT = "step.stale_input"  # what it reads is too old: it waits until that is done again
     STEP_SUSPENDED = "step.suspended"
     STEP_APPROVED = "step.approved"
     STEP_REJECTED = "step.rejected"
@@ -50,6 +52,7 @@ class Event(StrEnum):
     MODEL_ALIASED = "model.aliased"
     HANDLER_PRINTED = "handler.printed"
     HANDLER_LOG = "handler.log"
+    CACHE_AWAY = "checkpoint.cache_away"  # Redis does not answer, or is not named: outputs are read from Postgres
     FIELD_NOT_BUILT = "pipeline.field_not_built"
     PIPELINE_PUBLISHED = "pipeline.published"
     DEAD_LETTER_PUBLISHED = "dead_letter.published"

@@ -108,6 +108,7 @@ def plan_resume(worker: "Worker", run_id: "UUID", by: str, *, from_agent: str | 
         Orders(worker.store.engine).rehearse(run_id, by, from_agent),
         pinned,
         worker.definition(current) if current else None,
+        now=reads.now(),
         code_here=_code_here(pinned, worker.settings),
         effects=reads.effect_list(run_id),
     )

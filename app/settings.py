@@ -36,6 +36,8 @@ class Settings:
     # The same database without a pooler between, for the one session by which others see at once that a process died.
     session_database_url: str | None = field(default=None, repr=False)
     broker_url: str | None = field(default=None, repr=False)
+    # Where outputs are cached of pipelines whose checkpointing says `store: redis`.
+    redis_url: str | None = field(default=None, repr=False)
     anthropic_base_url: str | None = None
     anthropic_api_key: str | None = field(default=None, repr=False)
 

@@ -7,10 +7,30 @@ from hypothesis import strategies as st
 from pipelines import KEY, agent, pipeline
 from sqlalchemy import text
 
-from app.errors import AgentError, AuthorMistake, GateRefused, HandlerFailed, OutcomeUnknown, Permanent, RateLimited
+from app.errors import (
+    AgentError,
+    AuthorMistake,
+    GateRefused,
+    HandlerFailed,
+    OutcomeUnknown,
+    Permanent,
+    RateLimited,
+    SnapshotTooOld,
+)
 from app.execution.outcome import decide
 from app.pipelines import expressions
-from app.pipelines.model import Agent, Backoff, FailureMode, OnRefused, Pipeline, RetryPolicy, hash_json
+from app.pipelines.model import (
+    Agent,
+    Backoff,
+    Consistency,
+    Dependency,
+    FailureMode,
+    OnRefused,
+    OnStale,
+    Pipeline,
+    RetryPolicy,
+    hash_json,
+)
 from app.runs.invariants import Violation, check
 from app.runs.orders import Orders
 from app.runs.store import Bid, Claim, Ended, Paid, StepKey, Store
@@ -34,12 +54,16 @@ def definitions(draw, agents_max: int = AGENTS_MAX) -> Pipeline:
     """Any DAG: every agent depends on some of those before it, and a handler reads all its ancestors."""
     made: list[Agent] = []
     ancestors: dict[str, set[str]] = {}
+    strong: dict[str, set[str]] = {}
     for number in range(draw(st.integers(1, agents_max))):
         name = "abcdefghijkl"[number]
         before = [one.id for one in made]
         depends_on = draw(st.lists(st.sampled_from(before), max_size=3, unique=True)) if before else []
         ancestors[name] = set(depends_on).union(*(ancestors[other] for other in depends_on))
-        made.append(draw(_agents(name, depends_on, sorted(ancestors[name]))))
+        declared = tuple(draw(_snapshots(other)) for other in depends_on if draw(st.integers(0, 3)) == 0)
+        direct = set(depends_on) - {entry.agent for entry in declared}
+        strong[name] = direct.union(*(strong[other] for other in direct))
+        made.append(draw(_agents(name, depends_on, declared, sorted(ancestors[name]), sorted(strong[name]))))
     return pipeline(
         *made,
         name="random",
@@ -50,17 +74,26 @@ def definitions(draw, agents_max: int = AGENTS_MAX) -> Pipeline:
 
 
 @st.composite
-def _agents(draw, name: str, depends_on: list[str], reads: list[str]) -> Agent:
+def _snapshots(draw, name: str) -> Dependency:
+    max_ms = draw(st.sampled_from([TICK_MS // 2, 2 * TICK_MS + TICK_MS // 2]))
+    return Dependency(name, Consistency.SNAPSHOT, max_ms, draw(st.sampled_from(OnStale)))
+
+
+@st.composite
+def _agents(
+    draw, name: str, depends_on: list[str], declared: tuple[Dependency, ...], reads: list[str], strong: list[str]
+) -> Agent:
     gate = on_refused = None
     if reads and draw(st.integers(0, 2)) == 0:
         gate = f"{{{{{draw(st.sampled_from(reads))}.ok}}}} == true"
-        if draw(st.booleans()):
-            on_refused = OnRefused(draw(st.sampled_from(reads)), draw(st.integers(1, 2)))
+        if strong and draw(st.booleans()):
+            on_refused = OnRefused(draw(st.sampled_from(strong)), draw(st.integers(1, 2)))
     asks = draw(st.integers(0, 4)) == 0
     kind = draw(st.sampled_from(["model", "handler", "repeatable"]))
     return agent(
         name,
         *depends_on,
+        declared=declared,
         reads=tuple(reads),
         failure_mode=draw(st.sampled_from(FailureMode)),
         gate=gate,
@@ -178,7 +211,7 @@ class Bench:
         if claim.outcome == "alone":
             bid = self.bid(step, alone=True)
             claim = self.store.claim(bid)
-        if repeated and claim.outcome in {"claimed", "reuse", "bad_key"}:
+        if repeated and claim.outcome in {"claimed", "reuse", "bad_key", "too_old"}:
             again = self.store.claim(bid)
             said = [(c.outcome, c.number, c.generation, c.output, c.reused_from) for c in (claim, again)]
             assert said[0] == said[1], f"a repeated claim answers {said[1]} and not {said[0]}"
@@ -192,6 +225,9 @@ class Bench:
                 return None
             case "bad_key":
                 self.fail(held, AuthorMistake(claim.problem))
+                return None
+            case "too_old":
+                self.fail(held, SnapshotTooOld(claim.problem))
                 return None
         try:
             self.check_gate(held)

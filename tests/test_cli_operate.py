@@ -399,7 +399,7 @@ def test_hostile_reasons_and_outputs_are_escaped(cli, store, tmp_path):
 
 
 def test_doctor_verifies_a_run(cli, system, here, store):
-    """Which of the eight rules hold of what is recorded; exit 1, with what contradicts it, where one does not."""
+    """Which of the nine rules hold of what is recorded; exit 1, with what contradicts it, where one does not."""
     definition = line("first", "second")
     run_id = _begin(store, definition)
     complete(store, definition, run_id, "first", {"done": True})
@@ -407,7 +407,7 @@ def test_doctor_verifies_a_run(cli, system, here, store):
         well = cli("doctor", "--verify", name, "--json")
         assert (well.code, well.json["ok"], well.json["run"]) == (0, True, str(run_id))
         assert [(rule["rule"], rule["ok"], rule["found"]) for rule in well.json["rules"]] == [
-            (number, True, []) for number in range(1, 9)
+            (number, True, []) for number in range(1, 10)
         ]
     with store.engine.connect() as connection:
         connection.exec_driver_sql("delete from stepfast.keys where agent = 'first'")

@@ -21,6 +21,7 @@ PLAN_KEYS = {
     *("saved_usd", "estimate_usd", "unpriced"),
 }
 AGENT_KEYS = {
+    "past_ttl",
     *("agent", "verdict", "reason", "generation", "changed", "published_changes", "cost_usd", "effects", "approval"),
 }
 

@@ -91,6 +91,7 @@ def test_every_error_code_has_its_meaning_and_a_command(bench, code):
     )
     expected = {
         "gate_refused": "stepfast resume RUN --from a",
+        "snapshot_too_old": "stepfast resume RUN --from a",
         "author_mistake": "stepfast override RUN b --output FILE",
         "model_refused": "stepfast override RUN b --output FILE",
         "outcome_unknown": "stepfast dead show ID",

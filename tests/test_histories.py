@@ -213,7 +213,7 @@ def store(database_url):
 
 @pytest.mark.timeout(4 * 3600)
 def test_rules_hold_in_every_history(store):
-    """All eight rules hold after every action, and benign workers bring every run to its end or to a person."""
+    """All nine rules hold after every action, and benign workers bring every run to its end or to a person."""
     History.store, History.counts = store, Counter()
     run_state_machine_as_test(
         History,

@@ -1,13 +1,13 @@
 """The checker names the rule that was broken, and histories that once broke one hold."""
 
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from benches import ERROR, FREE, Bench
 from pipelines import ONE_TRY, agent, diamond, line, pipeline
 
 from app.errors import NotPossible
-from app.pipelines.model import OnRefused
+from app.pipelines.model import Consistency, Dependency, OnRefused, OnStale
 from app.runs.database import engine
 from app.runs.invariants import check
 from app.runs.orders import Orders
@@ -107,6 +107,36 @@ def test_effect_counts_on_after_an_override(bench):
     bench.orders.override(run, "a", {}, "me", None)
     bench.sql(REOPENED, generation=3, reason="the gate of b refused")
     assert {violation.rule for violation in violations(bench, run)} - {8} == {7}
+
+
+OVERRIDDEN = (
+    another_attempt(f'{{"id": "{UUID(int=9)}", "number": 2, "decided_by": "me", "worker_id": null, "key": null}}'),
+    f"update stepfast.steps set attempt_id = '{UUID(int=9)}', attempts = 2 where agent = 'a'",
+)
+WITHOUT_A_MARK = ("update stepfast.attempts set stale_reads = null where agent = 'b'",)
+NOT_ACCEPTED = (
+    "update stepfast.attempts set stale_reads = jsonb_set(stale_reads, '{a,on_stale}', '\"fail\"') where agent = 'b'",
+)
+
+
+@pytest.mark.parametrize(
+    ("consistency", "damage"), [("strong", OVERRIDDEN), ("snapshot", WITHOUT_A_MARK), ("snapshot", NOT_ACCEPTED)]
+)
+def test_reads_that_are_not_as_declared_are_found(bench, consistency, damage):
+    """A strong dependent that was not done again; a snapshot that is too old and says nothing, or is refused."""
+    declared = () if consistency == "strong" else (Dependency("a", Consistency.SNAPSHOT, 1_000, OnStale.ACCEPT),)
+    run = bench.start(pipeline(agent("a"), agent("b", "a", declared=declared)))
+    bench.do(run, "a")
+    bench.pass_time(60)
+    bid, _ = bench.claim(run, "b")
+    if consistency == "strong":
+        bench.complete(bid)
+    assert violations(bench) == []
+    for statement in damage:
+        bench.sql(statement)
+    if consistency == "snapshot":
+        bench.complete(bid)
+    assert 9 in {violation.rule for violation in violations(bench, run)}
 
 
 def test_two_runs_of_one_concurrency_key_are_found(bench):

@@ -67,23 +67,15 @@ def test_the_articles_file_loads_as_it_stands(source, tmp_path):
 
 
 def test_what_is_accepted_and_not_built_gets_one_warning_each(tmp_path):
-    """Retired models, langfuse and redis are warnings with a place, and the last two are sentences for the run."""
+    """Retired models and langfuse are warnings with a place, and the last is a sentence for the run."""
     path = Path(shutil.copy(TWIN, tmp_path))
     starter.complete(path, aliases=MODEL_ALIASES, handler_modules=())
     found = lines(path)
     assert found[0] == "9:12 warning claude-3-5-sonnet is retired; its alias claude-sonnet-5-5 runs in its place."
-    assert [line.split()[0] for line in found] == ["9:12", "19:12", "30:12", "46:13", "52:10"]
+    assert [line.split()[0] for line in found] == ["9:12", "19:12", "30:12", "46:13"]
     assert [sentence.split(" is ")[0] for sentence in loader.not_built(check(path).pipeline)] == [
-        "the tracing provider langfuse",
-        "the checkpoint store redis",
+        "the tracing provider langfuse"
     ]
-
-
-def test_checkpoints_that_should_expire_get_a_warning_too(tmp_path):
-    """Where the store is Postgres, `ttl_minutes` alone is what is not obeyed."""
-    path = write(tmp_path, SKILL + "checkpointing: {ttl_minutes: 60}\n")
-    assert lines(path) == ["10:30 warning ttl_minutes is not built yet: checkpoints do not expire."]
-    assert loader.not_built(check(path).pipeline) == ("ttl_minutes is not built yet: checkpoints do not expire.",)
 
 
 def test_all_faults_are_reported_at_once(tmp_path):

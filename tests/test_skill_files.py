@@ -7,8 +7,20 @@ from pathlib import Path
 import pytest
 from skills import check
 
-from app.pipelines import definition, limits, names, starter
-from app.pipelines.model import Agent, Backoff, Checkpointing, FailureMode, OnRefused, Pipeline, RetryPolicy, Tracing
+from app.pipelines import definition, dependencies, limits, names, starter
+from app.pipelines.model import (
+    Agent,
+    Backoff,
+    Checkpointing,
+    Consistency,
+    Dependency,
+    FailureMode,
+    OnRefused,
+    OnStale,
+    Pipeline,
+    RetryPolicy,
+    Tracing,
+)
 from app.settings import MODEL_ALIASES
 
 TEXT = (Path(__file__).parent.parent / "docs/skill-files.md").read_text()
@@ -17,6 +29,7 @@ TABLES = {
     "## The file": (definition.TOP_FIELDS, Pipeline),
     "## An agent": (definition.AGENT_FIELDS, Agent),
     "### retry_policy": (definition.RETRY_FIELDS, RetryPolicy),
+    "### depends_on": (dependencies.FIELDS, Dependency),
     "### on_refused": (definition.ON_REFUSED_FIELDS, OnRefused),
     "### tracing": (definition.TRACING_FIELDS, Tracing),
     "### checkpointing": (definition.CHECKPOINTING_FIELDS, Checkpointing),
@@ -33,11 +46,14 @@ RANGES = {
     "jitter": limits.JITTER_SHARE,
     "max_worker_losses": limits.WORKER_LOSSES_COUNT,
     "max_rounds": limits.ROUNDS_COUNT,
+    "max_staleness_ms": limits.STALENESS_MS,
     "ttl_minutes": limits.TTL_MINUTES,
 }
 CHOICES = {
     "failure_mode": FailureMode,
     "backoff": Backoff,
+    "consistency": Consistency,
+    "on_stale": OnStale,
     "effort": names.EFFORTS,
     "provider": names.TRACING_PROVIDERS,
     "store": names.CHECKPOINT_STORES,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 KEY_MAX_CHARS = 200
 EFFECT_MAX_BYTES = 1_000_000
+OBSERVED_MAX_BYTES = 1_000
+OBSERVED_MAX_COUNT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,11 @@ class Log:
 class Context:
     """The one argument of a handler."""
 
-    def __init__(self, work: Work, effects: Effects) -> None:
+    def __init__(self, work: Work, effects: Effects, has_probe: Callable[[str], bool] | None = None) -> None:
         self._work = work
         self._effects = effects
+        self._has_probe = has_probe
+        self.seen: dict[str, Json] = {}
         self._pid = os.getpid()
         self.run = RunInfo(work.run_id, work.pipeline, work.agent.id, work.generation, work.number, work.input)
         # The recorded outputs of every agent that this one depends on, directly or not, by agent id.
@@ -87,6 +91,22 @@ class Context:
     def remaining_s(self) -> float:
         """Seconds until the agent's `timeout_ms` has passed."""
         return self._work.deadline.remaining_s()
+
+    def observed(self, name: str, value: object, *, probe: str) -> None:
+        """Records, with this agent's output, what it saw of the world: a JSON value of at most OBSERVED_MAX_BYTES.
+
+        `probe` names a function beside this one, which is given a context, too, and returns what it sees now. Agents
+        that depend strongly on this one look again by it before they execute; where it sees something else, this agent
+        is done again. The last value of a name counts.
+        """
+        if not isinstance(name, str) or not 0 < len(name) <= KEY_MAX_CHARS or unstorable(name) is not None:
+            raise AuthorMistake(f"The name of ctx.observed must be a text of 1 to {KEY_MAX_CHARS} characters.")
+        if self._has_probe and not self._has_probe(probe):
+            raise AuthorMistake(f"ctx.observed({name!r}) names the probe {probe!r}, which is no function beside it.")
+        checked = check_object({"value": value}, f"What ctx.observed({name!r}) is given", OBSERVED_MAX_BYTES)
+        self.seen[name] = {"name": name, **checked, "probe": probe}
+        if len(self.seen) > OBSERVED_MAX_COUNT:
+            raise AuthorMistake(f"ctx.observed takes at most {OBSERVED_MAX_COUNT} names.")
 
     def once(self, key: str, fn: Callable[[], Json], *, check: Check | None = None) -> Json:
         """Does an effect once in this generation, however often the step is attempted, and returns its output.

@@ -15,14 +15,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
 from app.agents.alarm import Alarm, DeadlinePassed
-from app.agents.context import Context, ways_out
-from app.agents.outputs import check_output
+from app.agents.context import OBSERVED_MAX_BYTES, Context, ways_out
+from app.agents.outputs import check_object, check_output
 from app.agents.printing import printing_as_events
 from app.agents.work import Answer, Effect, Effects, Work
 from app.errors import AgentError, AuthorMistake, HandlerFailed, OutcomeUnknown, StaleClaim, TimedOut
@@ -52,15 +52,26 @@ class Handler:
     function: Function
     code_hash: str
     repeatable: bool
+    module: ModuleType | None = None
 
 
 def find(pipeline: str, agent: Agent, settings: Settings) -> Handler | None:
     """The handler of an agent; None where this worker lacks it. Raises AuthorMistake where its module is broken."""
     assert agent.handler is not None
-    place, _, name = agent.handler.partition(":")
+    return _find(pipeline, agent.handler, settings)
+
+
+def find_probe(pipeline: str, observer: Agent, probe: str, settings: Settings) -> Handler | None:
+    """Likewise a probe, which stands beside the handler of the agent that observed."""
+    assert observer.handler is not None
+    return _find(pipeline, f"{observer.handler.partition(':')[0]}:{probe}", settings)
+
+
+def _find(pipeline: str, reference: str, settings: Settings) -> Handler | None:
+    place, _, name = reference.partition(":")
     try:
         with _loading:
-            if agent.handler.startswith(BESIDE):
+            if reference.startswith(BESIDE):
                 module, code_hash = _load_beside(_skill_folder(pipeline, settings.skills))
             elif any(place == allowed or place.startswith(f"{allowed}.") for allowed in settings.handler_modules):
                 module, code_hash = _load_module(place)
@@ -71,7 +82,7 @@ def find(pipeline: str, agent: Agent, settings: Settings) -> Handler | None:
     function = getattr(module, name, None)
     if not callable(function):
         return None
-    return Handler(function, code_hash, bool(getattr(function, "effects_once", False)))
+    return Handler(function, code_hash, bool(getattr(function, "effects_once", False)), module)
 
 
 class _Lacking(Exception):
@@ -182,12 +193,40 @@ def call(handler: Handler, work: Work, effects: Effects, settings: Settings) -> 
     be repeated. In a thread, which nothing can interrupt, a late output is returned, and the fence decides about it: to
     drop it would be to do again what was done.
     """
+    output, context = _guarded(handler, work, effects)
+    checked = check_output({} if output is None else output, work.agent, settings.output_max_bytes)
+    return Answer(checked, observed=tuple(context.seen.values()))
+
+
+def look(probe: Handler, work: Work) -> object:
+    """What a probe sees of the world now. Raises AgentError. It may have no effect, and so may be repeated."""
+    value, _ = _guarded(replace(probe, repeatable=True), work, _NoEffects())
+    return check_object({"value": value}, "What a probe returns", OBSERVED_MAX_BYTES)["value"]
+
+
+class _NoEffects:
+    """The record of effects of a probe."""
+
+    def begin(self, key: str) -> Effect:
+        raise AuthorMistake(f"A probe only looks: it may not do ctx.once({key!r}).")
+
+    def finish(self, key: str, output: Json) -> None:
+        raise AssertionError(key, output)
+
+    def forget(self, key: str) -> None:
+        raise AssertionError(key)
+
+
+def _guarded(handler: Handler, work: Work, effects: Effects) -> tuple[object, Context]:
+    """What a function returns, and the context that it was given; AgentError or StaleClaim for what it raises."""
     pid = os.getpid()
     alarm = Alarm(work.deadline)
-    context = Context(work, _Recorded(effects, alarm))
+    module = handler.module
+    has_probe = (lambda name: callable(getattr(module, name, None))) if module else None
+    context = Context(work, _Recorded(effects, alarm), has_probe)
     try:
         with printing_as_events():
-            output = _run(handler.function, context, alarm)
+            return _run(handler.function, context, alarm), context
     except (AgentError, StaleClaim, KeyboardInterrupt):
         raise
     except DeadlinePassed as error:
@@ -207,7 +246,6 @@ def call(handler: Handler, work: Work, effects: Effects, settings: Settings) -> 
         if os.getpid() != pid:
             # The handler forked, and this is the child: it must never go on as the worker.
             os._exit(1 if sys.exc_info()[0] else 0)
-    return Answer(check_output({} if output is None else output, work.agent, settings.output_max_bytes))
 
 
 def _run(function: Function, context: Context, alarm: Alarm) -> Json | None:

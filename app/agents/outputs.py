@@ -37,14 +37,17 @@ def check_output(output: object, agent: Agent, max_bytes: int) -> Json:
 
     The error names the place and the rule, and never quotes the value.
     """
-    checked = check_object(output, f"The output of {agent.id}", max_bytes)
+    checked = check_object(output, f"The output of {agent.id}", max_bytes, " (STEPFAST_OUTPUT_MAX_BYTES)")
     if agent.schema is not None:
         _check_schema(checked, agent.schema)
     return checked
 
 
-def check_object(output: object, what: str, max_bytes: int) -> Json:
-    """The value, if it is a JSON object that Postgres can store, within the limit. `what` begins the error."""
+def check_object(output: object, what: str, max_bytes: int, limit: str = "") -> Json:
+    """The value, if it is a JSON object that Postgres can store, within the limit. `what` begins the error.
+
+    `limit` names what sets the limit.
+    """
     if not isinstance(output, dict):
         raise InvalidOutput(f"{what} must be an object, not {type(output).__name__}.")
     try:
@@ -53,7 +56,7 @@ def check_object(output: object, what: str, max_bytes: int) -> Json:
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidOutput(f"{what} is no JSON: {error}.") from error
     if size_bytes > max_bytes:
-        raise InvalidOutput(f"{what} has {size_bytes:,} bytes; at most {max_bytes:,} are taken.")
+        raise InvalidOutput(f"{what} has {size_bytes:,} bytes; at most {max_bytes:,} are taken{limit}.")
     _check_values(output)
     return output
 

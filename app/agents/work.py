@@ -32,7 +32,9 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished call; all but `output` is None for a handler.
+    """A finished call; all but `output` and `observed` is None for a handler.
+
+    `observed` is what it saw of the world: {"name", "value", "probe"} each.
 
     `usage` has the keys input_tokens (cache included), output_tokens, cache_read_tokens, cache_creation_tokens and
     thinking_tokens.
@@ -43,6 +45,7 @@ class Answer:
     cost_usd: float | None = None
     model: str | None = None
     request_id: str | None = None
+    observed: "tuple[Json, ...]" = ()
 
 
 class EffectState(StrEnum):

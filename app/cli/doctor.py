@@ -38,7 +38,7 @@ class Check:
 
 
 @click.command()
-@click.option("--verify", metavar="RUN", help="Check the eight rules on what is recorded of a run, instead.")
+@click.option("--verify", metavar="RUN", help="Check the nine rules on what is recorded of a run, instead.")
 @embedding.option
 @click.option(
     "--json",

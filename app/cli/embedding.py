@@ -93,7 +93,7 @@ def say(sentence: str) -> None:
 
 def _refuse_others() -> None:
     configured = settings.load()
-    for name in ("database_url", "broker_url"):
+    for name in ("database_url", "broker_url", "redis_url"):
         if getattr(configured, name):
             raise Misuse(
                 f"--embedded asks for embedded servers, and {settings.variable(name)} names another.",

@@ -87,7 +87,13 @@ def embedded_servers(home: Path, say: Say) -> Iterator[None]:
 
     with (
         servers(home, on_progress=unfailing(say)) as found,
-        _settings(home=home, database_url=found.database_url, session_database_url="", broker_url=found.broker_url),
+        _settings(
+            home=home,
+            database_url=found.database_url,
+            session_database_url="",
+            broker_url=found.broker_url,
+            redis_url=found.broker_url,
+        ),
     ):
         migrate(say)
         try:

@@ -8,7 +8,7 @@ import click
 from app.cli import embedding, output, system
 from app.cli.embedding import Embedding
 from app.redaction import redact
-from app.runs.explain import explain
+from app.runs.explain import explain, stale_reads
 from app.runs.states import RunState
 
 if TYPE_CHECKING:
@@ -74,9 +74,10 @@ def _asked_for(run: "Json") -> dict[str, str]:
 
 
 def steps_table(run: "Json") -> "Table":
-    """A line a step; time, tokens and cost are those of all its attempts."""
+    """A line a step; time, tokens and cost are those of all its attempts. A stale read is marked beside the state."""
     columns = ("agent", "state", "attempts", "time", "tokens in", "out", "cost")
-    return output.table(columns, [_row(step) for step in run["steps"]], right=columns[2:])
+    stale = stale_reads(run)
+    return output.table(columns, [_row(step, stale.get(step["agent"])) for step in run["steps"]], right=columns[2:])
 
 
 def state(run: "Json") -> str:
@@ -115,14 +116,14 @@ def print_now(worker: "Worker", run_id: str, here: Embedding | None) -> None:
         print_ending(run, reads, here)
 
 
-def _row(step: "Json") -> tuple[str, ...]:
+def _row(step: "Json", stale: list[str] | None) -> tuple[str, ...]:
     tries = step["tries"]
     times = [spent for entry in tries if (spent := output.duration(entry)) is not None]
     used = [entry["usage"] for entry in tries if entry["usage"]]
     costs = [entry["cost_usd"] for entry in tries if entry["cost_usd"] is not None]
     return (
         step["agent"],
-        step["state"],
+        f"{step['state']} (stale read of {', '.join(stale)})" if stale else step["state"],
         str(step["attempts"]),
         output.seconds(sum(times)) if times else "-",
         f"{sum(usage.get('input_tokens', 0) for usage in used):,}" if used else "-",

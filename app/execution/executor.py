@@ -7,14 +7,14 @@ what the caller must send next.
 import json
 import random
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 from sqlalchemy.exc import DataError
 
 from app import events
-from app.agents.work import Answer, Effect, EffectState, Work
+from app.agents.work import Answer, Work
 from app.clock import Deadline
 from app.crashpoints import CrashPoint, reach
 from app.errors import (
@@ -25,15 +25,19 @@ from app.errors import (
     InvalidInput,
     InvalidOutput,
     Misuse,
+    ProbeMissing,
+    SnapshotTooOld,
     StaleClaim,
+    StaleInput,
 )
 from app.events import Event
-from app.execution import canvas
+from app.execution import cached, canvas
+from app.execution.effects import RecordedEffects
 from app.execution.outcome import decide
 from app.execution.persistence import OUTAGE_MAX_S, through_outage
 from app.pipelines import expressions
 from app.pipelines.feedback import redacted_feedback
-from app.pipelines.model import hash_json
+from app.pipelines.model import canonical_json, hash_json
 from app.pipelines.run_input import check_input
 from app.redaction import capped, redact
 from app.runs.store import Bid, Claim, Ended, Ending, Paid, StepKey
@@ -103,10 +107,13 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
             repeatable=agent.repeatable or bool(handler and handler.repeatable),
             code_hash=handler.code_hash if handler else None,
             alone=worker.alone,
+            lean=cached.caches(worker, pipeline),
         )
         reach(CrashPoint.CLAIM_BEFORE, agent.id, str(step.run_id))
         claim = through_outage(lambda: worker.store.claim(bid), max_s=OUTAGE_MAX_S)
         _send_next(worker, claim)
+        if bid.lean and claim.reads:
+            claim = replace(claim, outputs=cached.outputs(worker, step.run_id, pipeline, claim))
         deadline = Deadline.after_ms(agent.timeout_ms)
         if claim.outcome == "alone":
             from app.execution import alone
@@ -131,20 +138,23 @@ def _attempt(attempt: Attempt, broken: AgentError | None) -> Result:
         case "stale":
             return _stale(attempt)
         case "deferred":
-            events.emit(Event.STEP_DEFERRED, reason=claim.reason, held_by=claim.held_by)
+            deferred = Event.STEP_STALE_INPUT if claim.reason == "stale_input" else Event.STEP_DEFERRED
+            events.emit(deferred, reason=claim.reason, held_by=claim.held_by)
             return Result("deferred")
         case "reuse":
             assert claim.output is not None
             assert claim.reused_from is not None
             return _complete(attempt, Answer(claim.output), reused_from=UUID(claim.reused_from))
     events.emit(Event.STEP_CLAIMED, number=claim.number, worker=attempt.worker.worker_id)
+    if claim.stale:
+        events.emit(Event.STEP_STALE_READ, reads=claim.stale)
     reach(CrashPoint.CLAIM_AFTER, attempt.agent.id)
     try:
         if broken:
             raise broken
-        if claim.outcome == "bad_key":
-            raise AuthorMistake(f"{claim.problem[:1].upper()}{claim.problem[1:]}.")
+        _check_claim(attempt)
         _check_run_input(attempt)
+        _check_world(attempt)
         _check_gate(attempt)
         if attempt.agent.requires_human_approval and (digest := _digest(attempt)) != claim.approved:
             return _suspend(attempt, digest)
@@ -165,6 +175,22 @@ def _stale(attempt: Attempt) -> Result:
     if claim.state == "worker_ended":
         attempt.worker.beat_soon()
     return Result("stale")
+
+
+def _check_claim(attempt: Attempt) -> None:
+    """Raises what the claim found wrong."""
+    claim = attempt.claim
+    said = f"{claim.problem[:1].upper()}{claim.problem[1:]}."
+    if claim.outcome == "bad_key":
+        raise AuthorMistake(said)
+    if claim.outcome == "too_old":
+        stale = claim.stale or {}
+        old = next((name for name, read in stale.items() if read["too_old"]), attempt.agent.id)
+        raise SnapshotTooOld(
+            said,
+            next_step=f"To make a new one: stepfast resume {attempt.step.run_id} --from {old}",
+            details={"reads": stale},
+        )
 
 
 def _find_handler(worker: "Worker", pipeline: "Pipeline", agent: "Agent") -> "Handler | None":
@@ -192,6 +218,27 @@ def _check_run_input(attempt: Attempt) -> None:
         check_input(attempt.claim.input, attempt.worker.settings.input_max_bytes, attempt.pipeline.input_schema)
     except Misuse as error:
         raise InvalidInput(error.message, next_step="Start another run, with an input that fits.") from error
+
+
+def _check_world(attempt: Attempt) -> None:
+    """Looks again at what those on which this agent depends strongly saw of the world."""
+    for seen in attempt.claim.observed:
+        from app.agents import handlers
+
+        observer, name, probe = seen["agent"], seen["name"], seen["probe"]
+        settings, agent = attempt.worker.settings, attempt.pipeline.by_id[observer]
+        found = handlers.find_probe(attempt.pipeline.name, agent, probe, settings)
+        if found is None:
+            raise ProbeMissing(f"This worker has no probe {probe} for what {observer} observed.")
+        now = handlers.look(found, _work(attempt))
+        if canonical_json(now) != canonical_json(seen["value"]):
+            stale = StaleInput(
+                f"{name}, which {observer} observed as {seen['value']!r}, is {now!r} now.",
+                next_step=f"Once it stays as it is: stepfast resume {attempt.step.run_id}",
+                details={"values": {f"{observer}.{name}": {"old": seen["value"], "new": now}}},
+            )
+            stale.agent = observer
+            raise stale
 
 
 def _check_gate(attempt: Attempt) -> None:
@@ -275,9 +322,9 @@ def _suspend(attempt: Attempt, digest: str) -> Result:
     return Result("suspended", _ready(ended))
 
 
-def _call(attempt: Attempt) -> Answer:
+def _work(attempt: Attempt) -> Work:
     claim = attempt.claim
-    work = Work(
+    return Work(
         run_id=attempt.step.run_id,
         attempt_id=attempt.id,
         pipeline=attempt.pipeline.name,
@@ -289,6 +336,10 @@ def _call(attempt: Attempt) -> Answer:
         deadline=attempt.deadline,
         feedback=claim.feedback,
     )
+
+
+def _call(attempt: Attempt) -> Answer:
+    work = _work(attempt)
     _warn_once_a_run(attempt)
     tracing = attempt.pipeline.tracing
     limit = attempt.worker.settings.log_value_max_bytes
@@ -298,7 +349,12 @@ def _call(attempt: Attempt) -> Answer:
     if attempt.handler:
         from app.agents import handlers
 
-        answer = handlers.call(attempt.handler, work, RecordedEffects(attempt), attempt.worker.settings)
+        answer = handlers.call(
+            attempt.handler,
+            work,
+            RecordedEffects(attempt.worker.store, attempt.step, attempt.id),
+            attempt.worker.settings,
+        )
     else:
         from app.agents import claude
 
@@ -325,6 +381,8 @@ def _warn_once_a_run(attempt: Attempt) -> None:
 
     for sentence in not_built(attempt.pipeline):
         events.emit(Event.FIELD_NOT_BUILT, message=sentence)
+    if attempt.pipeline.checkpointing.store == "redis" and not attempt.worker.cache:
+        events.emit(Event.CACHE_AWAY, message="STEPFAST_REDIS_URL is not set: outputs are read from Postgres.")
     aliases = attempt.worker.settings.model_aliases
     for model in sorted({agent.model for agent in attempt.pipeline.agents if agent.model in aliases}, key=str):
         assert model is not None
@@ -338,7 +396,8 @@ def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None)
     reach(CrashPoint.COMPLETE_BEFORE, attempt.agent.id)
     try:
         ended = through_outage(
-            lambda: store.complete(attempt.step, attempt.id, answer.output, paid, reused_from), max_s=OUTAGE_MAX_S
+            lambda: store.complete(attempt.step, attempt.id, answer.output, paid, reused_from, answer.observed),
+            max_s=OUTAGE_MAX_S,
         )
     except DataError as error:
         reason = str(error.orig).splitlines()[0]
@@ -348,6 +407,7 @@ def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None)
     if ended.outcome == "stale":
         events.emit(Event.STEP_STALE_CLAIM, state="fenced", cost_usd=answer.cost_usd)
         return Result("stale")
+    cached.keep(attempt.worker, attempt.pipeline, attempt.id, answer.output)
     events.emit(Event.STEP_REUSED if reused_from else Event.STEP_COMPLETED, cost_usd=answer.cost_usd)
     _emit_run_end(ended)
     return Result("completed", _ready(ended))
@@ -424,31 +484,3 @@ def _emit_run_end(ended: Ended) -> None:
         events.emit(Event.RUN_SUSPENDED)
     elif ended.run_state == "failed" and ended.outcome == "discarded":
         events.emit(Event.RUN_FAILED)
-
-
-class RecordedEffects:
-    """`ctx.once`'s record, guarded by the attempt."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
-        self._store = attempt.worker.store
-
-    def begin(self, key: str) -> Effect:
-        step, attempt_id = self._attempt.step, self._attempt.id
-        answer = through_outage(lambda: self._store.begin_effect(step, attempt_id, key), max_s=OUTAGE_MAX_S)
-        self._fence(answer)
-        return Effect(EffectState(answer["state"]), answer.get("output"))
-
-    def finish(self, key: str, output: "Json") -> None:
-        self._end(key, output)
-
-    def forget(self, key: str) -> None:
-        self._end(key, None)
-
-    def _end(self, key: str, output: "Json | None") -> None:
-        step, attempt_id = self._attempt.step, self._attempt.id
-        self._fence(through_outage(lambda: self._store.end_effect(step, attempt_id, key, output), max_s=OUTAGE_MAX_S))
-
-    def _fence(self, answer: "Json") -> None:
-        if answer["state"] == "stale":
-            raise StaleClaim("This attempt was fenced.")

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from app.errors import GateRefused, Permanent, Retryable
+from app.errors import GateRefused, Permanent, Retryable, StaleInput
 from app.pipelines.model import Backoff, RetryPolicy
 from app.runs.store import Ending
 
@@ -17,6 +17,8 @@ def decide(
     """`failures`, `waits` and `rounds` are those before this one, since the last resume."""
     if isinstance(error, GateRefused) and agent.on_refused and rounds < agent.on_refused.max_rounds:
         return Ending("rerun", rerun=agent.on_refused.rerun, feedback=_feedback(agent, error))
+    if isinstance(error, StaleInput):
+        return Ending("rerun", rerun=error.agent)
     if isinstance(error, Permanent):
         return Ending("discard")
     counts = error.counts_as_attempt if isinstance(error, Retryable) else True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import settings
+from app.errors import NotReady
 from app.execution.children import Children
 from app.runs.database import check_ready, engine, readiness
 from app.runs.presence import Presence
@@ -19,6 +20,7 @@ from app.runs.store import Family, Store
 
 if TYPE_CHECKING:
     from app.pipelines.model import Pipeline
+    from app.runs.output_cache import OutputCache
     from app.settings import Settings
 
 _DEFINITIONS_MAX = 256
@@ -36,6 +38,7 @@ class Worker:
         self.alone = parent_id is not None
         self.children = Children()
         url = configured.need_database()
+        self.cache = _cache(configured)
         self.store = Store(engine(url, pool_max=configured.database_pool_max))
         try:
             with readiness(), self.store.engine.connect() as connection:
@@ -94,7 +97,21 @@ class Worker:
             with suppress(SQLAlchemyError):
                 self.hand_over()
             self._presence.stop()
+        if self.cache:
+            self.cache.close()
         self.store.engine.dispose()
+
+
+def _cache(configured: "Settings") -> "OutputCache | None":
+    if not configured.redis_url:
+        return None
+    from app.runs.output_cache import OutputCache
+
+    # A jsonb's text has a space after each comma and colon.
+    try:
+        return OutputCache(configured.redis_url, 2 * configured.output_max_bytes)
+    except ValueError as error:
+        raise NotReady("STEPFAST_REDIS_URL is not a Redis URL.", next_step="Write redis://host/0.") from error
 
 
 _current: Worker | None = None

@@ -299,7 +299,11 @@ def _sentence(event: "Json") -> str:
         "step.deferred": f"{agent} was put off{why}",
         "step.discarded": f"{agent} was given up ({data.get('code')}).",
         "step.rescued": f"{agent} was rescued from worker {data.get('worker')}, which {data.get('reason')}.",
-        "step.rerun": f"The gate of {agent} refused, so {data.get('rerun')} runs again.",
+        "step.rerun": f"{data.get('message')} So {data.get('rerun')} runs again."
+        if data.get("code") == "stale_input"
+        else f"The gate of {agent} refused, so {data.get('rerun')} runs again.",
+        "step.stale_read": f"{agent} works with a stale output of {', '.join(data.get('reads') or [])}{why}",
+        "step.stale_input": f"{agent} found what it reads too old, and waits until it is done again.",
         "step.reopened": f"{agent} is done again{why}",
         "step.approved": f"{agent} was approved{by}{why}",
         "step.rejected": f"{agent} was rejected{by}{why}",

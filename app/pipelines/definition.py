@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.pipelines import expressions, limits, names, plan, templates
+from app.pipelines import dependencies, expressions, limits, names, plan, templates
 from app.pipelines.model import (
     DEFAULT_KEY,
     Agent,
@@ -141,16 +141,10 @@ def _checkpointing(top: Section) -> Checkpointing | None:
         store=section.choice("store", names.CHECKPOINT_STORES),
         ttl_minutes=section.integer("ttl_minutes", limits.TTL_MINUTES),
     )
-    if given.get("store") == "redis":
-        section.warn("store", REDIS_NOT_BUILT)
-    elif "ttl_minutes" in given:
-        section.warn("ttl_minutes", TTL_NOT_BUILT)
     return Checkpointing(**given)
 
 
 LANGFUSE_NOT_BUILT = "the tracing provider langfuse is not built yet: what it would show stands in the JSON logs."
-REDIS_NOT_BUILT = "the checkpoint store redis is not built yet: checkpoints stand in Postgres, and do not expire."
-TTL_NOT_BUILT = "ttl_minutes is not built yet: checkpoints do not expire."
 
 
 def _agent(section: Section, allowed: Allowed) -> Agent | None:
@@ -159,9 +153,10 @@ def _agent(section: Section, allowed: Allowed) -> Agent | None:
     if agent_id in names.RESERVED_IDS:
         section.error("id", f"the id {agent_id!r} is reserved.")
         agent_id = None
-    depends_on = section.names("depends_on", names.AGENT_ID, limits.AGENTS_MAX_COUNT) or ()
+    depends_on, declared = dependencies.read(section)
     fields = _given(
-        depends_on=tuple(dict.fromkeys(name.text for name in depends_on)),
+        depends_on=depends_on,
+        declared=declared,
         timeout_ms=section.integer("timeout_ms", limits.TIMEOUT_MS),
         retry_policy=_retry_policy(section),
         failure_mode=_failure_mode(section),
@@ -326,7 +321,7 @@ def _ordered(drafts: dict[str, Draft]) -> tuple[Draft, ...]:
     """The drafts, dependencies first, with their `inputs`; faults for dependencies that cannot be."""
     for draft in drafts.values():
         seen = set()
-        for item in draft.section.names("depends_on", names.AGENT_ID, limits.AGENTS_MAX_COUNT) or ():
+        for item, _ in dependencies.entries(draft.section):
             if item.text in seen:
                 draft.section.error_at(item.place, f"depends_on names {item.text!r} twice.")
             seen.add(item.text)
@@ -339,6 +334,7 @@ def _ordered(drafts: dict[str, Draft]) -> tuple[Draft, ...]:
         path = " -> ".join([*cycle, cycle[0]])
         drafts[cycle[0]].section.error("depends_on", f"the dependencies form a cycle: {path}.")
     on_cycles = [name for cycle in cycles for name in cycle]
+    dependencies.check({name: (draft.agent, draft.section) for name, draft in drafts.items()})
     for draft in drafts.values():
         if draft.agent.on_refused:
             _check_loop(draft, draft.agent.on_refused, drafts, depends_on)
@@ -380,7 +376,11 @@ def _check_loop(draft: Draft, loop: OnRefused, drafts: Mapping[str, Draft], depe
         section.error("rerun", f"{loop.rerun!r} is not upstream of {gated.id}, so its work cannot be done again.{hint}")
         return
     # All of these are done again. What depends on the gated agent has begun only if that was given up before.
-    again = [name for name in drafts if loop.rerun in (name, *upstream[name])]
+    strong = dependencies.strong_only(other.agent for other in drafts.values())
+    again = [name for name in drafts if loop.rerun in (name, *plan.ancestors(strong, name))]
+    if gated.id not in again:
+        section.error("rerun", f"{gated.id} reads {loop.rerun} as a snapshot, and would not wait for its new output.")
+        return
     begun = [name for name in again if gated.id not in (name, *upstream[name])]
     for name in again:
         if name == gated.id or drafts[name].agent.repeatable:

@@ -29,6 +29,8 @@ JITTER_SHARE = (0.0, 1.0)
 OUTPUT_TOKENS = (1, 128_000)
 TTL_MINUTES = (1, 525_600)
 ROUNDS_COUNT = (1, 10)
+# How old a snapshot may be: up to a year.
+STALENESS_MS = (1, 31_536_000_000)
 # Of a person, and of a whole run: 1 s to 30 days.
 APPROVAL_TIMEOUT_MS = (1_000, 2_592_000_000)
 DEADLINE_MS = (1_000, 2_592_000_000)

@@ -77,10 +77,6 @@ def not_built(pipeline: Pipeline) -> tuple[str, ...]:
     sentences = []
     if pipeline.tracing.provider == "langfuse":
         sentences.append(definition.LANGFUSE_NOT_BUILT)
-    if pipeline.checkpointing.store == "redis":
-        sentences.append(definition.REDIS_NOT_BUILT)
-    elif pipeline.checkpointing.ttl_minutes is not None:
-        sentences.append(definition.TTL_NOT_BUILT)
     return tuple(sentences)
 
 

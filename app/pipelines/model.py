@@ -30,6 +30,19 @@ class FailureMode(StrEnum):
     CONTINUE = "continue"
 
 
+class Consistency(StrEnum):
+    STRONG = "strong"  # what stands there, and nothing else: where it changes, its dependent is done again
+    SNAPSHOT = "snapshot"  # the last output that was committed, up to an age
+
+
+class OnStale(StrEnum):
+    """What becomes of an agent whose snapshot is older than it may be."""
+
+    RERUN = "rerun"  # the dependency is done again first
+    FAIL = "fail"
+    ACCEPT = "accept"
+
+
 class Queue(StrEnum):
     """The two queues that the Procfile serves. A skill file may name another one, served by a worker of its own."""
 
@@ -62,6 +75,16 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Dependency:
+    """How an agent reads one of its dependencies. `max_staleness_ms` and `on_stale` are set in a snapshot."""
+
+    agent: str
+    consistency: Consistency = Consistency.STRONG
+    max_staleness_ms: int | None = None
+    on_stale: OnStale | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class OnRefused:
     """A review loop: where the gate refuses, `rerun`, an ancestor, and all that depends on it are done again.
 
@@ -76,6 +99,7 @@ class OnRefused:
 class Agent:
     """One agent. Exactly one of `model` and `handler` is set.
 
+    `declared` are those of `depends_on` whose consistency the file declares; the others are strong.
     `reads` are the ancestors whose outputs the claim hands over: all of them for a handler; for a model its `inputs`
     and whatever its gate, key and prompt name. `inputs` are the agents whose outputs become the model's data:
     the one that `state_input` matched, or all direct dependencies.
@@ -87,6 +111,7 @@ class Agent:
     model: str | None = None
     handler: str | None = None
     depends_on: tuple[str, ...] = ()
+    declared: tuple[Dependency, ...] = ()
     timeout_ms: int = 60_000
     retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
     failure_mode: FailureMode = FailureMode.HALT_PIPELINE
@@ -107,6 +132,16 @@ class Agent:
     reads: tuple[str, ...] = ()
     key_parts: tuple[Json, ...] = ()
     key_inputs: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def snapshots(self) -> dict[str, Dependency]:
+        """The dependencies that it reads as a snapshot, by agent id."""
+        return {entry.agent: entry for entry in self.declared if entry.consistency is Consistency.SNAPSHOT}
+
+    @property
+    def strong(self) -> tuple[str, ...]:
+        """The other dependencies: where one is done again, so is this agent."""
+        return tuple(name for name in self.depends_on if name not in self.snapshots)
 
     @property
     def repeatable(self) -> bool:
@@ -184,6 +219,7 @@ def _agent(data: Json) -> Agent:
     fields = dict(data)
     for name in ("depends_on", "inputs", "reads", "key_parts"):
         fields[name] = tuple(data[name])
+    fields["declared"] = tuple(_dependency(entry) for entry in data.get("declared", ()))
     fields["key_inputs"] = tuple(tuple(path) for path in data.get("key_inputs", ()))
     fields["on_refused"] = OnRefused(**data["on_refused"]) if data.get("on_refused") else None
     retry = dict(data["retry_policy"])
@@ -192,6 +228,11 @@ def _agent(data: Json) -> Agent:
     fields["failure_mode"] = FailureMode(data["failure_mode"])
     fields["prompt"] = Prompt(**data["prompt"]) if data["prompt"] else None
     return Agent(**fields)
+
+
+def _dependency(data: Json) -> Dependency:
+    on_stale = OnStale(data["on_stale"]) if data["on_stale"] else None
+    return Dependency(data["agent"], Consistency(data["consistency"]), data["max_staleness_ms"], on_stale)
 
 
 def canonical_json(value: object) -> str:

@@ -68,6 +68,19 @@ class Section:
 
     def names(self, key: str, pattern: re.Pattern[str], max_count: int) -> tuple[Scalar, ...] | None:
         """A list of names, each with its place."""
+        items = self.items(key, max_count)
+        if items is None:
+            return None
+        found = []
+        for item in items:
+            if not isinstance(item, Scalar):
+                self.error_at(item.place, f"an entry of {key} is no name.")
+            elif self._named(key, item, pattern):
+                found.append(item)
+        return tuple(found)
+
+    def items(self, key: str, max_count: int) -> tuple[Node, ...] | None:
+        """The entries of a list, of any kind."""
         node = self._value(key)
         if node is None:
             return None
@@ -77,12 +90,22 @@ class Section:
         if len(node.items) > max_count:
             self.error(key, f"{key} holds more than {max_count} names.")
             return None
-        found = []
-        for item in node.items:
-            if not isinstance(item, Scalar):
-                self.error_at(item.place, f"an entry of {key} is no name.")
-            elif self._named(key, item, pattern):
-                found.append(item)
+        return tuple(node.items)
+
+    def names_or_sections(
+        self, key: str, pattern: re.Pattern[str], name_field: str, known: Collection[str], max_count: int
+    ) -> "tuple[tuple[Scalar, Section | None], ...]":
+        """A list whose entries are names, or maps that have one as `name_field`: each name, with its map if any."""
+        found: list[tuple[Scalar, Section | None]] = []
+        for item in self.items(key, max_count) or ():
+            section = section_of(self._report, self._file, item, known, key) if isinstance(item, Mapping) else None
+            if section:
+                section.require(name_field)
+            name = section._scalar(name_field) if section else item  # noqa: SLF001  # of its own class
+            if isinstance(name, Scalar) and self._named(key, name, pattern):
+                found.append((name, section))
+            elif not isinstance(item, Scalar | Mapping):
+                self.error_at(item.place, f"an entry of {key} is neither a name nor a map of fields.")
         return tuple(found)
 
     def integer(self, key: str, limits: tuple[int, int]) -> int | None:

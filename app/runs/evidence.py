@@ -38,12 +38,36 @@ class Facts:
 
 @dataclass(slots=True)
 class Told:
-    """What the events up to some point tell of a step. `attempt` executes it, or ended it."""
+    """What events tell of a step up to some point. `attempt` executes it, or ended it; `last_commit` is an event."""
 
     state: str = "waiting"
     attempt: str | None = None
+    last_commit: "Json | None" = None
     generation: int = 1
     approved: set[int] = field(default_factory=set)
+
+    def tell(self, event: "Json") -> None:
+        name = event["name"]
+        self.state = _STATE_AFTER.get(name, self.state)
+        self.generation = event["generation"]
+        if name == "step.approved":
+            self.approved.add(event["generation"])
+        if name in STARTS:
+            self.attempt = event["attempt_id"]
+        if name in COMMITS:
+            self.last_commit = event
+
+
+def strong_ancestors(facts: Facts, agent: str) -> set[str]:
+    """What an agent depends on, directly or not, without a snapshot in between."""
+    found: set[str] = set()
+    waiting = [agent]
+    while waiting:
+        of = facts.agents[waiting.pop()]
+        new = set(of["depends_on"]) - of["snapshots"].keys() - found
+        found |= new
+        waiting += new
+    return found
 
 
 _IDS = text("select id from stepfast.runs where id > :after order by id limit :limit")
@@ -53,7 +77,9 @@ _IDS = text("select id from stepfast.runs where id > :after order by id limit :l
 _FACTS = text("""
     select to_jsonb(r) - 'input' - 'labels' as run,
         (select jsonb_agg(jsonb_build_object('id', a->'id', 'depends_on', a->'depends_on', 'gate', a->'gate',
-                    'failure_mode', a->'failure_mode', 'asks', a->'requires_human_approval'))
+                    'failure_mode', a->'failure_mode', 'asks', a->'requires_human_approval', 'snapshots', (
+                        select coalesce(jsonb_object_agg(d->>'agent', d), '{}')
+                        from jsonb_array_elements(a->'declared') d where d->>'consistency' = 'snapshot')))
          from stepfast.pipelines p, jsonb_array_elements(p.definition->'agents') a
          where p.hash = r.pipeline_hash) as agents,
         (select coalesce(jsonb_agg(to_jsonb(s) - 'feedback'), '[]')
@@ -177,10 +203,5 @@ def replay(facts: Facts) -> "Iterator[tuple[Json, dict[str, Told], str]]":
             for agent in event["data"]["agents"]:
                 told[agent].state = "waiting" if told[agent].state in {"discarded", "cancelled"} else told[agent].state
         elif step:
-            step.state = _STATE_AFTER.get(name, step.state)
-            step.generation = event["generation"]
-            if name == "step.approved":
-                step.approved.add(event["generation"])
-            if name in {"step.claimed", "step.overridden"}:
-                step.attempt = event["attempt_id"]
+            step.tell(event)
     yield {"name": "", "agent": None}, told, run_state

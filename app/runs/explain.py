@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from app.runs.states import RunState, StepState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from app.pipelines.model import Json
 
@@ -31,6 +31,9 @@ _MEANINGS = {
     "account_problem": "The account's key, permission or budget must be mended first.",
     "run_deadline": "A resumed run goes on without a deadline.",
     "gate_refused": "It was not executed, and a retry would see the same values.",
+    "probe_missing": "Its worker lacks the handlers.py of what it depends on: see STEPFAST_SKILLS.",
+    "stale_input": "It was not executed: what it works on was made in a world that is no more.",
+    "snapshot_too_old": "It was not executed: its on_stale says so.",
     "invalid_input": "Plain SQL started it, and the worker that was first to read its input refused it.",
     "model_refused": "The model declined, and a retry would ask the same.",
     "outcome_unknown": "It is not repeated by itself, because it may have had its effect.",
@@ -39,6 +42,7 @@ _MEANINGS = {
 # What a plain resume cannot mend, and why: bulk resumes leave it alone.
 NOT_BY_RESUME = {
     "gate_refused": "a gate refused: the same values would be refused again",
+    "snapshot_too_old": "what it reads is too old: the agent that made it must be done again",
     "invalid_input": "the input does not fit: the same input would not fit again",
     "model_refused": "the model declined: the same question would be declined again",
     "outcome_unknown": "nobody knows whether an effect happened: a person must look",
@@ -152,7 +156,21 @@ def _gaps(run: "Json") -> "list[tuple[str, str]]":
         for other in step["depends_on"]
         if other in done and not step["tries"][-1]["decided_by"]
         if step["tries"][-1]["started_at"] < done[other]["ended_at"]
+        if not (other in step["snapshots"] and other in step["tries"][-1]["reads"])
     ]
+
+
+def stale_reads(run: "Json") -> "dict[str, list[str]]":
+    """By agent, whose outputs its current attempt read that were stale at its claim, or were superseded since."""
+    current = {step["agent"]: step["attempt_id"] for step in run["steps"]}
+    found = {}
+    for step in run["steps"]:
+        entry = next((one for one in step["tries"] if one["id"] == step["attempt_id"]), None)
+        if entry and entry["state"] in {"executing", "completed"}:
+            marked = set(entry["stale_reads"] or {})
+            marked |= {name for name, read in entry["reads"].items() if read["attempt"] != current[name]}
+            found[step["agent"]] = sorted(marked)
+    return found
 
 
 def _given_up(step: "Json", code: str, message: str) -> str:
@@ -196,7 +214,7 @@ def _advice(run: "Json", step: "Json", code: str, events: "Sequence[Json]") -> t
         return 1, f"This input stays what it is: `{again}`, with one that fits.", again
     if code == "gate_refused":
         sent_back = _last(events, "step.rerun", agent)
-        read = _read_by_gate(run, step)
+        read = _last_read(run, step)
         begun_at = sent_back["data"]["rerun"] if sent_back else read
         if begun_at is None:
             return 2, f"To go on without it, give its output by hand: `{override}`, then `{resume}`.", override
@@ -207,14 +225,17 @@ def _advice(run: "Json", step: "Json", code: str, events: "Sequence[Json]") -> t
             f"`stepfast override {name} {read or begun_at} --output FILE`, then `{resume}`."
         )
         return 2, how, again
+    if code == "snapshot_too_old" and (old := _last_read(run, step)):
+        again = f"{resume} --from {old}"
+        return 2, f"To have {old} done again, and all that is made from it: `{again}`.", again
     return 3, f"When the cause is gone, `{resume}` gives it a new budget of attempts.", resume
 
 
-def _read_by_gate(run: "Json", step: "Json") -> str | None:
-    """Of the agents whose outputs the gate read, the last in the pipeline's order."""
+def _last_read(run: "Json", step: "Json") -> str | None:
+    """Of the agents whose outputs its error tells of, or on which it depends, the last in the pipeline's order."""
     errors = [entry["error"] for entry in step["tries"] if entry["error"]]
     details = errors[-1]["details"] if errors else {}
-    values = details.get("values") if isinstance(details, Mapping) else None
+    values = details.get("values", details.get("reads")) if isinstance(details, Mapping) else None
     read = {str(name).partition(".")[0] for name in values} if isinstance(values, Mapping) else set(step["depends_on"])
     found = [other["agent"] for other in run["steps"] if other["agent"] in read]
     return found[-1] if found else None
@@ -340,8 +361,7 @@ def _on_the_way(run: "Json", events: "Sequence[Json]") -> "list[str]":
             told.append(f"{step['agent']} failed {_times(len(failed))} ({codes})")
         if lost:
             told.append(f"{step['agent']} was taken from a worker {_times(len(lost))}")
-    rounds = Counter((entry["agent"], entry["data"]["rerun"]) for entry in events if entry["name"] == "step.rerun")
-    told += [f"the gate of {agent} sent {back} back {_times(number)}" for (agent, back), number in rounds.items()]
+    told += _done_again(events)
     dismissed = [entry for entry in events if entry["name"] == "step.dismissed"]
     told += [f"the dead letter of {entry['agent']} was discarded{_by(entry['data'])}" for entry in dismissed]
     overridden = [entry for entry in events if entry["name"] == "step.overridden"]
@@ -352,6 +372,19 @@ def _on_the_way(run: "Json", events: "Sequence[Json]") -> "list[str]":
         told.append(f"it was resumed {_times(len(resumed))}, last{_by(resumed[-1]['data'])}")
     more = [f"{len(told) - _NAMED_MAX} more"] if len(told) > _NAMED_MAX else []
     return [f"On the way: {'; '.join([*told[:_NAMED_MAX], *more])}."] if told else []
+
+
+def _done_again(events: "Sequence[Json]") -> "Iterator[str]":
+    reruns = [entry for entry in events if entry["name"] == "step.rerun"]
+    gates = Counter((e["agent"], e["data"]["rerun"]) for e in reruns if e["data"]["code"] != "stale_input")
+    yield from (f"the gate of {agent} sent {back} back {_times(number)}" for (agent, back), number in gates.items())
+    found = [(e["agent"], e["data"]["rerun"]) for e in reruns if e["data"]["code"] == "stale_input"]
+    found += [(e["agent"], back) for e in events if e["name"] == "step.stale_input" for back in e["data"]["rerun"]]
+    for (agent, back), number in Counter(found).items():
+        yield f"{agent} found the output of {back} stale, and had it done again {_times(number)}"
+    accepted = sorted({entry["agent"] for entry in events if entry["name"] == "step.stale_read"})
+    if accepted:
+        yield f"stale reads were accepted: {', '.join(accepted[:_NAMED_MAX])}"
 
 
 def _totals(run: "Json") -> str:

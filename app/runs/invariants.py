@@ -2,12 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 from app.errors import AuthorMistake
-from app.runs.evidence import COMMITS, ENDS, LOST_KEYS, OUTPUTS, STARTS, Facts, read_facts, replay
+from app.runs.evidence import COMMITS, ENDS, LOST_KEYS, OUTPUTS, STARTS, Facts, read_facts, replay, strong_ancestors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 RULES = {
     1: "A step's output is committed once a generation, by whoever holds its claim (or settles its unknown key).",
-    2: "No attempt starts before its dependencies are completed (or ended discarded or cancelled under `continue`).",
+    2: "No attempt starts before its dependencies are completed (or ended discarded or cancelled under `continue`, or "
+    "have an output of which it reads a snapshot).",
     3: "No step is executed whose gate is not true of the recorded outputs that it pinned, nor before its approval.",
     4: "One key in one generation has one recorded outcome; the same key with other inputs is refused.",
     5: "Every unfinished run has a claim, a retry or a message on its way, or a person, key or run that it waits for; "
@@ -29,6 +31,8 @@ RULES = {
     6: "Every discarded step has exactly one open dead letter until it is resolved; resuming it resolves it.",
     7: "An effect whose outcome is unknown is never repeated by itself, and no gate repeats one that happened.",
     8: "Every attempt has a start and an end in the events, and the events tell the same as the tables.",
+    9: "What an attempt reads strongly is what stands there, from its claim to its commit and after; any other read is "
+    "of the last committed output, within its age or marked as stale.",
 }
 # A database that is broken throughout need not be listed throughout.
 VIOLATIONS_MAX = 1_000
@@ -36,7 +40,7 @@ VIOLATIONS_MAX = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """What contradicts rule `rule` (1 to 8). `agent` is None where the whole run, or a key without a run, is meant."""
+    """What contradicts rule `rule` (1 to 9). `agent` is None where the whole run, or a key without a run, is meant."""
 
     rule: int
     run: UUID
@@ -101,7 +105,8 @@ def _dependencies_ended(facts: Facts) -> "_Found":
             given_up = (
                 told[other].state in {"discarded", "cancelled"} and facts.agents[other]["failure_mode"] == "continue"
             )
-            if told[other].state != "completed" and not given_up:
+            snapshot = other in facts.agents[event["agent"]]["snapshots"] and told[other].last_commit
+            if told[other].state != "completed" and not given_up and not snapshot:
                 yield event["agent"], f"It was claimed while {other} was {told[other].state}."
 
 
@@ -237,8 +242,14 @@ def _run_goes_on(facts: Facts) -> "_Found":
 
 def _ran_without(facts: Facts, agent: str) -> bool:
     """Whether the attempt that counts began before something on which it depends had ended as it stands now."""
-    attempt = facts.attempts.get(facts.steps[agent]["attempt_id"], {"decided_by": "nobody"})
-    ended = [facts.steps[other]["ended_at"] for other in facts.agents[agent]["depends_on"]]
+    attempt = facts.attempts.get(facts.steps[agent]["attempt_id"], {"decided_by": "nobody", "reads": {}})
+    snapshots = facts.agents[agent]["snapshots"]
+    ended = [
+        facts.steps[other]["ended_at"]
+        for other in facts.agents[agent]["depends_on"]
+        if other not in snapshots
+        or (facts.agents[other]["failure_mode"] == "continue" and other not in attempt["reads"])
+    ]
     return not attempt["decided_by"] and any(attempt["started_at"] < at for at in ended)
 
 
@@ -318,7 +329,7 @@ def _unknown_is_not_repeated(facts: Facts) -> "_Found":
             )
 
 
-def _gates_repeat_no_effect(facts: Facts) -> "_Found":
+def _only_people_repeat_effects(facts: Facts) -> "_Found":
     """7: only a person has done again what had an effect, or may have had one, and may not be repeated."""
     done = {
         (attempt["agent"], attempt["generation"])
@@ -327,14 +338,16 @@ def _gates_repeat_no_effect(facts: Facts) -> "_Found":
     }
     by_hand = {(a["agent"], a["generation"]) for a in facts.attempts.values() if a["decided_by"]}
     for event in facts.events:
-        if event["name"] != "step.reopened" or not event["data"]["reason"].startswith("the gate of "):
+        why = str(event["data"].get("reason", ""))
+        by_itself = why.startswith("the gate of ") or why.endswith(" found it stale")
+        if event["name"] != "step.reopened" or not by_itself:
             continue
         # An override begins a generation, and has nothing done again: what was done before it counts on.
         before = event["generation"] - 1
         while (event["agent"], before) in by_hand:
             before -= 1
         if (event["agent"], before) in done:
-            yield event["agent"], f"In generation {event['generation']} a gate had an effect repeated."
+            yield event["agent"], f"In generation {event['generation']} an effect was repeated because {why}."
 
 
 def _events_are_whole(facts: Facts) -> "_Found":
@@ -402,6 +415,68 @@ def _events_tell_the_tables(facts: Facts) -> "_Found":
             )
 
 
+def _reads_at_the_claim(facts: Facts) -> "_Found":
+    """9: a claim reads what stands there; where it may read a snapshot, the last output, and says if that is stale."""
+    for event, told, _ in replay(facts):
+        if event["name"] != "step.claimed":
+            continue
+        agent, attempt = event["agent"], facts.attempts[event["attempt_id"]]
+        strong = strong_ancestors(facts, agent)
+        for other, read in event["data"]["reads"].items():
+            commit = told[other].last_commit
+            stands = told[other].state == "completed" and read["attempt"] == told[other].attempt
+            mark = (attempt["stale_reads"] or {}).get(other, {})
+            if not commit or read["attempt"] != commit["attempt_id"] or (other in strong and not stands):
+                yield agent, f"Attempt {attempt['number']} read an output of {other} that did not stand there."
+            elif mark.get("superseded", False) == stands:
+                yield agent, f"Attempt {attempt['number']} read {other}, and its mark of a stale read is wrong."
+            elif _too_old(event, commit, facts.agents[agent]["snapshots"].get(other)) and not mark.get("too_old"):
+                yield agent, f"Attempt {attempt['number']} read an output of {other} that was too old, without a mark."
+
+
+def _too_old(claim: "Json", commit: "Json", declared: "Json | None") -> bool:
+    if declared is None:
+        return False
+    age = datetime.fromisoformat(claim["at"]) - datetime.fromisoformat(commit["at"])
+    return bool(age > timedelta(milliseconds=declared["max_staleness_ms"] + 1))
+
+
+def _stale_is_not_executed(facts: Facts) -> "_Found":
+    """9: what is older than its agent accepts gives no output."""
+    for attempt in facts.attempts.values():
+        for other, mark in (attempt["stale_reads"] or {}).items():
+            if mark["too_old"] and mark["on_stale"] != "accept" and attempt["state"] == "completed":
+                yield attempt["agent"], f"Attempt {attempt['number']} used an output of {other} that is too old."
+
+
+def _strong_reads_stand(facts: Facts) -> "_Found":
+    """9: at each commit, and at the end, what was read strongly stands there, and so does all that it was made from."""
+    strong = {agent: strong_ancestors(facts, agent) for agent in facts.agents}
+    for event, told, _ in replay(facts):
+        if event["name"] in {"step.completed", "step.reused", "step.settled"}:
+            attempt = facts.attempts[event["attempt_id"]]
+            yield from _moved(facts, attempt, strong, {name: (step.state, step.attempt) for name, step in told.items()})
+    now = {name: (step["state"], step["attempt_id"]) for name, step in facts.steps.items()}
+    for step in facts.steps.values():
+        if step["state"] == "completed" and step["attempt_id"] in facts.attempts:
+            yield from _moved(facts, facts.attempts[step["attempt_id"]], strong, now)
+
+
+def _moved(
+    facts: Facts, attempt: "Json", strong: "dict[str, set[str]]", stands: "dict[str, tuple[str, str | None]]"
+) -> "_Found":
+    """What an attempt, and what it was made from, read strongly and no longer stands there."""
+    waiting, seen = [attempt], set()
+    while waiting:
+        entry = waiting.pop()
+        for other, read in entry["reads"].items():
+            if other in strong[entry["agent"]] and read["attempt"] not in seen:
+                seen.add(read["attempt"])
+                if stands[other] != ("completed", read["attempt"]):
+                    yield attempt["agent"], f"Attempt {attempt['number']} counts, and what {other} put out changed."
+                waiting.append(facts.attempts[read["attempt"]])
+
+
 _RULES: "dict[int, tuple[Callable[[Facts], _Found], ...]]" = {
     1: (_one_output_a_generation, _commits_hold_the_claim),
     2: (_dependencies_ended,),
@@ -409,6 +484,7 @@ _RULES: "dict[int, tuple[Callable[[Facts], _Found], ...]]" = {
     4: (_key_agrees, _generations_follow),
     5: (_step_and_attempt_agree, _run_goes_on, _nothing_forgotten, _key_can_be_settled),
     6: (_letters_agree,),
-    7: (_unknown_is_not_repeated, _gates_repeat_no_effect),
+    7: (_unknown_is_not_repeated, _only_people_repeat_effects),
     8: (_events_are_whole, _attempts_start_and_end, _events_tell_the_tables),
+    9: (_reads_at_the_claim, _stale_is_not_executed, _strong_reads_stand),
 }

@@ -12,7 +12,7 @@ from sqlalchemy import bindparam, select, text
 from sqlalchemy.types import Integer
 
 from app.runs.database import STATEMENT_TIMEOUT_MS
-from app.runs.store import call
+from app.runs.statements import call
 from app.runs.tables import metric_totals
 
 if TYPE_CHECKING:

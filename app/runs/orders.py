@@ -12,7 +12,7 @@ from sqlalchemy.types import Text
 
 from app.errors import NotPossible
 from app.runs.database import is_outage
-from app.runs.store import call
+from app.runs.statements import call
 from app.runs.tables import steps
 
 if TYPE_CHECKING:

@@ -187,6 +187,11 @@ class Reads:
         (found,) = self._rows(select(func.stepfast.run_under_way(*key, type_=Uuid).label("id")))
         return None if found["id"] == run["id"] else found["id"]
 
+    def now(self) -> datetime:
+        """The database's time, in which everything is recorded."""
+        (found,) = self._rows(select(func.stepfast.now().label("now")))
+        return datetime.fromisoformat(found["now"])
+
     def effect_list(self, run_id: UUID) -> "list[Json]":
         """What a run's handlers did by `ctx.once`: agent, generation, key, state (begun or happened), in that order."""
         query = select(effects).where(effects.c.run_id == run_id)

@@ -4,6 +4,7 @@ The states after the resume come from `Orders.rehearse`, so that the plan is wha
 """
 
 from dataclasses import asdict
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from app.runs.states import StepState
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 REUSE = "reuse"  # completed; its output is kept
 STALE = "stale"  # likewise, though what it was made from has changed, or will
 RERUN = "re-run"  # will be executed
+UNKNOWN = "outcome unknown"  # executes, and may not be repeated: a person must look afterwards
 GOES_ON = "goes on"  # is under way, and is left alone
 
 _OWN_WORD = {"model": "model", "prompt": "prompt", "schema": "schema", "output_schema": "schema", "handler": "handler"}
@@ -29,6 +31,7 @@ def resume_plan(
     pinned: "Pipeline",
     published: "Pipeline | None",
     *,
+    now: datetime,
     code_here: "Mapping[str, str | None]",
     effects: "Sequence[Json]",
 ) -> "Json":
@@ -40,9 +43,9 @@ def resume_plan(
     Keys: run_id, pipeline, pinned and published ({version, hash}), published_changes (agent: what differs), agents,
     effects and approvals (those of `agents`), loops (agent, rerun, rounds: what a gate that refuses may have done
     again, and how often), saved_usd, estimate_usd, unpriced (agents that never had a price). Each of `agents` has
-    agent, verdict (reuse, stale, re-run, goes on), reason, generation, changed (input, handler code),
-    published_changes, cost_usd (of what is kept, or what it cost before), effects ({key, state}) and approval (None,
-    "asked" or "asked again").
+    agent, verdict (one of those above), reason, past_ttl (kept, though older than the file's ttl),
+    generation, changed (input, handler code), published_changes, cost_usd (of what is kept, or what it cost before),
+    effects ({key, state}) and approval (None, "asked" or "asked again").
     """
     steps = {step["agent"]: step for step in run["steps"]}
     differs = _published_changes(pinned, published) if published else {}
@@ -51,6 +54,9 @@ def resume_plan(
         verdict, reason = _verdict(step, *after[name])
         kept = verdict == REUSE
         changed = _input_changes(step, steps, after, pinned.by_id[name]) if kept else []
+        past_ttl = kept and _past_ttl(step, pinned.checkpointing.ttl_minutes, now)
+        if past_ttl:
+            reason += f"; older than its ttl of {pinned.checkpointing.ttl_minutes} minutes"
         if _code_changed(step, code_here.get(name)):
             changed.append("handler code")
         refuses = verdict == RERUN and _refuses_again(step, steps, after, pinned.by_id[name])
@@ -64,6 +70,7 @@ def resume_plan(
                 "reason": reason,
                 "generation": after[name][1],
                 "changed": changed,
+                "past_ttl": past_ttl,
                 "published_changes": differs.get(name, []),
                 "cost_usd": _cost(step, kept=kept),
                 "effects": _repeats(step, pinned.by_id[name], effects, after[name][1]) if executes else [],
@@ -88,11 +95,18 @@ def _verdict(step: "Json", state: str, generation: int) -> tuple[str, str]:
         return (RERUN, f"again, in generation {generation}") if state in _TO_DO else (before, "")
     if state == StepState.COMPLETED:
         return REUSE, "overridden by hand" if _current(step).get("decided_by") else "completed"
+    if before == StepState.EXECUTING and state == StepState.DISCARDED:
+        return UNKNOWN, "it executes on an old input, and may not be repeated"
     if before in _ENDED_BADLY and state in _TO_DO:
         return RERUN, f"it was {before}"
     if before == StepState.PENDING:
         return RERUN, "it waits to begin again" if step["tries"] else "it has not begun"
     return (GOES_ON if state == before else state), before
+
+
+def _past_ttl(step: "Json", ttl_minutes: int | None, now: datetime) -> bool:
+    """Whether a checkpoint is older than the file wants it. It is kept: nothing that was paid for expires by itself."""
+    return ttl_minutes is not None and now - datetime.fromisoformat(step["ended_at"]) > timedelta(minutes=ttl_minutes)
 
 
 _TO_DO = {StepState.PENDING, StepState.AVAILABLE}
@@ -234,7 +248,7 @@ def _sums(agents: "Sequence[Json]", pinned: "Pipeline") -> "Json":
 
 def sentences(plan: "Json") -> list[str]:
     """What a plan means, for whoever decides on it."""
-    return [*_definition(plan), *_stale(plan), *_consequences(plan), _money(plan)]
+    return [*_definition(plan), *_stale(plan), *_old(plan), *_consequences(plan), _money(plan)]
 
 
 def _definition(plan: "Json") -> list[str]:
@@ -256,6 +270,14 @@ def _stale(plan: "Json") -> list[str]:
     name = short(plan["run_id"])
     again = f"stepfast resume {name} --from {stale[0]}"
     return [f"Kept, though made from something else than what stands now: {', '.join(stale)}. To redo: {again}"]
+
+
+def _old(plan: "Json") -> list[str]:
+    old = [entry["agent"] for entry in plan["agents"] if entry["past_ttl"]]
+    if not old:
+        return []
+    again = f"stepfast resume {short(plan['run_id'])} --from {old[0]}"
+    return [f"Kept, though older than the checkpoints' ttl: {', '.join(old)}. To redo: {again}"]
 
 
 def _consequences(plan: "Json") -> list[str]:

@@ -9,21 +9,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
 
-from sqlalchemy import bindparam, event, text
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.dialects.postgresql import UUID as PG_UUID
+from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.types import BigInteger, Boolean, Double, Integer, Text
 
 from app.errors import Misuse, UnknownName
 from app.pipelines.model import Pipeline
+from app.runs import statements
 from app.runs.refusals import refusal, sqlstate
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from sqlalchemy import Engine, ExceptionContext, TextClause
-    from sqlalchemy.types import TypeEngine
 
     from app.pipelines.model import Agent, Json
 
@@ -42,7 +39,8 @@ class Bid:
     """A request to claim a step for one attempt.
 
     `timeout_ms` is when others may take the step away again; `wait_ms` is how long the step waits where another run
-    holds its key; `repeatable` says that dying under it is harmless; `alone` that its process executes nothing else.
+    holds its key; `repeatable` says that dying under it is harmless; `alone` that its process executes nothing else;
+    `lean` that the answer needs no outputs: whoever claims has a cache of them.
     """
 
     step: StepKey
@@ -55,20 +53,24 @@ class Bid:
     repeatable: bool
     code_hash: str | None = None
     alone: bool = False
+    lean: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The answer to a claim. `outcome` is claimed, reuse, bad_key, deferred, alone or stale (see claim.sql).
+    """The answer to a claim. `outcome` is claimed, reuse, bad_key, too_old, deferred, alone or stale (see claim.sql).
 
+    Of a lean bid `outputs` is empty, and `reads` names them: {agent: {"attempt", "hash"}}.
     `approved` is the digest that a person approved; `feedback` what a later gate read when it sent this step back;
-    `next` the steps of this and other runs that the caller must now send, in this order.
+    `observed` is what those on which it depends strongly saw of the world: {"agent", "name", "value", "probe"} each.
+    `next` the steps of this and other runs that the caller must now send, in this order; `stale` what makes it too_old.
     """
 
     outcome: str
     pipeline: str = ""
     input: "Json" = field(default_factory=dict)
     outputs: "dict[str, Json]" = field(default_factory=dict)
+    reads: "dict[str, Json]" = field(default_factory=dict)
     generation: int = 1
     number: int = 1
     failures: int = 0
@@ -79,6 +81,8 @@ class Claim:
     output: "Json | None" = None
     reused_from: str | None = None
     problem: str = ""
+    stale: "Json | None" = None
+    observed: "tuple[Json, ...]" = ()
     reason: str = ""
     state: str | None = None
     run_state: str | None = None
@@ -153,104 +157,6 @@ class Swept:
     overdue: tuple[str, ...]
 
 
-def call(function: str, *parameters: tuple[str, "TypeEngine[Any]"], rows: bool = False) -> "TextClause":
-    names = ", ".join(f":{name}" for name, _ in parameters)
-    statement = f"select {'* from ' if rows else ''}stepfast.{function}({names})"  # noqa: S608  # names are ours
-    return text(statement).bindparams(*(bindparam(name, type_=kind) for name, kind in parameters))
-
-
-_JSON = JSONB(none_as_null=True)
-_STEP: tuple[tuple[str, "TypeEngine[Any]"], ...] = (("run", PG_UUID()), ("agent", Text()), ("item", Text()))
-_ATTEMPT = (*_STEP, ("attempt", PG_UUID()))
-_PAID: tuple[tuple[str, "TypeEngine[Any]"], ...] = (
-    ("model", Text()),
-    ("request_id", Text()),
-    ("usage", _JSON),
-    ("cost_usd", Double()),
-)
-
-_ENQUEUE = call(
-    "enqueue_v1",
-    ("pipeline", Text()),
-    ("input", _JSON),
-    ("key", Text()),
-    ("tenant", Text()),
-    ("labels", _JSON),
-    ("priority", Integer()),
-    ("run", PG_UUID()),
-    rows=True,
-)
-_CLAIM = call(
-    "claim_v1",
-    *_STEP,
-    ("pipeline_hash", Text()),
-    ("attempt", PG_UUID()),
-    ("worker", BigInteger()),
-    ("timeout_ms", Integer()),
-    ("repeatable", Boolean()),
-    ("code_hash", Text()),
-    ("reads", ARRAY(Text())),
-    ("key_parts", _JSON),
-    ("key_inputs", _JSON),
-    ("wait_ms", Integer()),
-    ("alone", Boolean()),
-)
-_DEFER = call("defer_v1", *_STEP, ("delay_ms", Integer()), ("reason", Text()))
-_COMPLETE = call("complete_v1", *_ATTEMPT, ("output", _JSON), *_PAID, ("reused_from", PG_UUID()))
-_FAIL = call(
-    "fail_v1",
-    *_ATTEMPT,
-    ("action", Text()),
-    ("error", _JSON),
-    ("retry_ms", Integer()),
-    ("counts", Boolean()),
-    ("rerun", Text()),
-    ("feedback", _JSON),
-    *_PAID,
-)
-_SUSPEND = call("suspend_v1", *_ATTEMPT, ("digest", Text()), ("shown", _JSON), ("expires_ms", BigInteger()))
-_BEGIN_EFFECT = call("begin_effect_v1", *_ATTEMPT, ("key", Text()))
-_END_EFFECT = call("end_effect_v1", *_ATTEMPT, ("key", Text()), ("output", _JSON))
-_TAKE_UNSENT = call("take_unsent_v1", ("run", PG_UUID()), ("limit", Integer()), rows=True)
-_TAKE_OVERDUE = call(
-    "take_overdue_v1", ("queues", ARRAY(Text())), ("resend_ms", Integer()), ("limit", Integer()), rows=True
-)
-_SWEEP = call(
-    "sweep_v1",
-    ("lease_ms", Integer()),
-    ("grace_ms", Integer()),
-    ("resend_ms", Integer()),
-    ("limit", Integer()),
-    ("worker", BigInteger()),
-    ("living", ARRAY(Integer())),
-    ("dead", ARRAY(Integer())),
-)
-_HAND_OVER = call("hand_over_v1", ("worker", BigInteger()), ("limit", Integer()))
-
-_PUBLISH = text("""
-    insert into stepfast.pipelines (hash, name, version, definition, published_at)
-    values (:hash, :name, :version, :definition, stepfast.now()) on conflict (hash) do nothing
-""").bindparams(bindparam("definition", type_=_JSON))
-_MOVE_NAME = text("""
-    insert into stepfast.pipeline_names (name, hash, moved_at) values (:name, :hash, stepfast.now())
-    on conflict (name) do update set hash = excluded.hash, moved_at = excluded.moved_at
-    where pipeline_names.hash <> excluded.hash
-""")
-_DEFINITION = text("select definition from stepfast.pipelines where hash = :hash")
-_UNPUBLISHED = text("""
-    select payload from stepfast.dead_letters where published_at is null order by created_at limit :limit
-""")
-# Told once, by whoever comes first.
-_TELL = text("""
-    update stepfast.dead_letters
-    set payload = case when payload ? 'explanation' then payload else payload || :told end
-    where id = :id returning payload
-""").bindparams(bindparam("id", type_=PG_UUID()), bindparam("told", type_=_JSON))
-_MARK_PUBLISHED = text(
-    "update stepfast.dead_letters set published_at = stepfast.now() where id = any(:ids)"
-).bindparams(bindparam("ids", type_=ARRAY(PG_UUID())))
-
-
 class Store:
     """The database's functions, over one engine. Safe for threads; not for use across a fork."""
 
@@ -285,7 +191,7 @@ class Store:
         try:
             with self.engine.connect() as connection, connection.begin():
                 stored = connection.execute(
-                    _PUBLISH,
+                    statements.PUBLISH,
                     {
                         "hash": pipeline.hash,
                         "name": pipeline.name,
@@ -293,7 +199,7 @@ class Store:
                         "definition": pipeline.as_json(),
                     },
                 )
-                connection.execute(_MOVE_NAME, {"name": pipeline.name, "hash": pipeline.hash})
+                connection.execute(statements.MOVE_NAME, {"name": pipeline.name, "hash": pipeline.hash})
                 return stored.rowcount == 1
         except DBAPIError as error:
             if sqlstate(error) != "23505":
@@ -305,7 +211,7 @@ class Store:
 
     def definition(self, pipeline_hash: str) -> Pipeline:
         """The definition of a hash. Raises UnknownName."""
-        found = self._one(_DEFINITION, hash=pipeline_hash)
+        found = self._one(statements.DEFINITION, hash=pipeline_hash)
         if found is None:
             raise UnknownName(f"No definition with hash {pipeline_hash} is published.")
         return Pipeline.from_json(found, pipeline_hash)
@@ -329,7 +235,7 @@ class Store:
         """
         try:
             rows = self._all(
-                _ENQUEUE,
+                statements.ENQUEUE,
                 pipeline=pipeline,
                 input=run_input,
                 key=key,
@@ -347,7 +253,7 @@ class Store:
     def claim(self, bid: Bid) -> Claim:
         """Takes an available step for an attempt, with everything that the attempt reads."""
         answer = self._one(
-            _CLAIM,
+            statements.CLAIM,
             run=bid.step.run_id,
             agent=bid.step.agent,
             item=bid.step.item,
@@ -362,6 +268,7 @@ class Store:
             key_inputs=[list(path) for path in bid.agent.key_inputs],
             wait_ms=bid.wait_ms,
             alone=bid.alone,
+            lean=bid.lean,
         )
         following = tuple(
             Unsent(StepKey(UUID(entry["run_id"]), entry["agent"], entry["item"]), entry["pipeline_hash"])
@@ -369,18 +276,31 @@ class Store:
         )
         return Claim(**answer | {"next": following})
 
+    def outputs(self, run_id: UUID, attempt_ids: "Collection[str]") -> "dict[str, str]":
+        """Committed outputs as Postgres spells them, by attempt id."""
+        rows = self._all(statements.OUTPUTS, run=run_id, ids=[UUID(one) for one in attempt_ids])
+        return {str(row.id): row.output for row in rows}
+
     def defer(self, step: StepKey, delay_ms: int, reason: str) -> bool:
         """Puts an available step off, counting against nothing. Returns whether it was available."""
         return bool(
-            self._one(_DEFER, run=step.run_id, agent=step.agent, item=step.item, delay_ms=delay_ms, reason=reason)
+            self._one(
+                statements.DEFER, run=step.run_id, agent=step.agent, item=step.item, delay_ms=delay_ms, reason=reason
+            )
         )
 
     def complete(
-        self, step: StepKey, attempt_id: UUID, output: "Json", paid: Paid, reused_from: UUID | None = None
+        self,
+        step: StepKey,
+        attempt_id: UUID,
+        output: "Json",
+        paid: Paid,
+        reused_from: UUID | None = None,
+        observed: "Sequence[Json]" = (),
     ) -> Ended:
-        """Commits an attempt's output and releases what waited for it."""
+        """Commits an attempt's output, with what it observed, and releases what waited for it."""
         answer = self._one(
-            _COMPLETE,
+            statements.COMPLETE,
             run=step.run_id,
             agent=step.agent,
             item=step.item,
@@ -391,13 +311,14 @@ class Store:
             usage=paid.usage,
             cost_usd=paid.cost_usd,
             reused_from=reused_from,
+            observed=list(observed) or None,
         )
         return _ended(step, answer)
 
     def fail(self, step: StepKey, attempt_id: UUID, error: "Json", paid: Paid, ending: "Ending") -> Ended:
         """Ends a failed attempt, and releases what its failure mode lets go on."""
         answer = self._one(
-            _FAIL,
+            statements.FAIL,
             run=step.run_id,
             agent=step.agent,
             item=step.item,
@@ -418,7 +339,7 @@ class Store:
     def suspend(self, step: StepKey, attempt_id: UUID, digest: str, shown: object, expires_ms: int | None) -> Ended:
         """Ends an attempt that found that a person must approve `digest` first; `shown` is what the person sees."""
         answer = self._one(
-            _SUSPEND,
+            statements.SUSPEND,
             run=step.run_id,
             agent=step.agent,
             item=step.item,
@@ -432,13 +353,19 @@ class Store:
     def begin_effect(self, step: StepKey, attempt_id: UUID, key: str) -> "Json":
         """{"state": new | happened | unknown | stale, "output": …}."""
         return self._one(  # type: ignore[no-any-return]
-            _BEGIN_EFFECT, run=step.run_id, agent=step.agent, item=step.item, attempt=attempt_id, key=key
+            statements.BEGIN_EFFECT, run=step.run_id, agent=step.agent, item=step.item, attempt=attempt_id, key=key
         )
 
     def end_effect(self, step: StepKey, attempt_id: UUID, key: str, output: "Json | None") -> "Json":
         """{"state": ended | stale}. Without an output: it did not happen."""
         return self._one(  # type: ignore[no-any-return]
-            _END_EFFECT, run=step.run_id, agent=step.agent, item=step.item, attempt=attempt_id, key=key, output=output
+            statements.END_EFFECT,
+            run=step.run_id,
+            agent=step.agent,
+            item=step.item,
+            attempt=attempt_id,
+            key=key,
+            output=output,
         )
 
     # Sending and rescue.
@@ -448,18 +375,18 @@ class Store:
 
         That may be steps of other runs, and not yet those of this one: see dispatched_max in sweep.sql.
         """
-        return _unsent(self._all(_TAKE_UNSENT, run=run_id, limit=limit))
+        return _unsent(self._all(statements.TAKE_UNSENT, run=run_id, limit=limit))
 
     def take_overdue(self, queues: "Collection[str]", resend_ms: int, limit: int) -> tuple[Unsent, ...]:
         """Marks as sent again what is overdue in these empty queues, or overtaken in others; the caller sends it."""
-        return _unsent(self._all(_TAKE_OVERDUE, queues=list(queues), resend_ms=resend_ms, limit=limit))
+        return _unsent(self._all(statements.TAKE_OVERDUE, queues=list(queues), resend_ms=resend_ms, limit=limit))
 
     def sweep(
         self, *, lease_ms: int, grace_ms: int, resend_ms: int, limit: int, family: "Family | None" = None
     ) -> Swept:
         """Releases due retries, takes steps away from workers that are gone, and says what must be sent."""
         answer = self._one(
-            _SWEEP,
+            statements.SWEEP,
             lease_ms=lease_ms,
             grace_ms=grace_ms,
             resend_ms=resend_ms,
@@ -472,22 +399,22 @@ class Store:
 
     def hand_over(self, worker_id: int, limit: int) -> int:
         """Gives up to `limit` repeatable attempts of a worker and its children away. Returns how many are left."""
-        return int(self._one(_HAND_OVER, worker=worker_id, limit=limit))
+        return int(self._one(statements.HAND_OVER, worker=worker_id, limit=limit))
 
     # Dead letters.
 
     def unpublished_dead_letters(self, limit: int) -> "list[Json]":
         """Payloads of dead letters whose message was not sent, oldest first."""
-        return [row.payload for row in self._all(_UNPUBLISHED, limit=limit)]
+        return [row.payload for row in self._all(statements.UNPUBLISHED, limit=limit)]
 
     def tell(self, letter_id: UUID, told: "Json") -> "Json":
         """Adds to a dead letter's payload what is told of it, unless that was done before. Returns the payload."""
-        return self._one(_TELL, id=letter_id, told=told)  # type: ignore[no-any-return]
+        return self._one(statements.TELL, id=letter_id, told=told)  # type: ignore[no-any-return]
 
     def mark_published(self, ids: "Collection[UUID]") -> None:
         """Records that their messages were sent."""
         with self.engine.connect() as connection:
-            connection.execute(_MARK_PUBLISHED, {"ids": list(ids)})
+            connection.execute(statements.MARK_PUBLISHED, {"ids": list(ids)})
 
 
 def _ended(step: StepKey, answer: "Json") -> Ended:

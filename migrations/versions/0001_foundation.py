@@ -12,7 +12,7 @@ depends_on = None
 SQL = Path(__file__).parent.parent / "sql" / "0001"
 # In the order in which they need each other.
 FILES = (
-    *("tables", "core", "settle", "enqueue", "claim", "complete", "fail"),
+    *("tables", "core", "consistency", "settle", "enqueue", "claim", "complete", "fail"),
     *("effects", "approve", "operate", "requests", "sweep", "metrics", "views", "rights", "limits"),
 )
 

@@ -1,9 +1,13 @@
 -- Takes a step for one attempt, and hands over everything that it needs: one round trip.
 -- Returns {"outcome": …} and
---   claimed       input, outputs (of p_reads), generation, number, failures, waits, rounds, feedback, approved (the digest)
+--   claimed       input, outputs (of p_reads; where p_lean none, but reads: their attempts and hashes), stale (of these, what was
+--                 superseded or is too old), observed (what its strong ancestors saw of the world), generation, number, failures,
+--                 waits, rounds, feedback, approved (the digest)
 --   reuse         likewise, with output and reused_from: the key was completed by another run; complete with that
 --   bad_key       likewise, with problem: the key cannot be rendered, or belongs to other inputs; fail the attempt
---   deferred      nothing was claimed: another run holds the key; the step is retried later
+--   too_old       likewise, with problem and stale: a snapshot is older than it may be (refresh_snapshots); fail the attempt
+--   deferred      nothing was claimed: another run holds the key, and the step is retried later; or (stale_input) what it reads is
+--                 done again first
 --   alone         nothing was claimed: workers died under it, so it may run only where it has no neighbours (p_alone)
 --   stale         nothing was claimed: state and run_state say why
 -- and, where steps of the queue wait to be sent, next: those that take this one's place, for the caller to send (send_next).
@@ -11,7 +15,7 @@
 create function stepfast.claim_v1(
     p_run uuid, p_agent text, p_item text, p_pipeline_hash text, p_attempt uuid, p_worker bigint,
     p_timeout_ms integer, p_repeatable boolean, p_code_hash text, p_reads text[], p_key_parts jsonb, p_key_inputs jsonb, p_wait_ms integer,
-    p_alone boolean
+    p_alone boolean, p_lean boolean
 ) returns jsonb language plpgsql volatile as $$
 declare
     v_now timestamptz;
@@ -21,6 +25,9 @@ declare
     v_mine text;  -- the key that this attempt recorded at its first claim
     v_outputs jsonb;
     v_reads jsonb;
+    v_snapshots boolean;
+    v_stale jsonb;  -- of what it reads, what was superseded or is too old
+    v_refresh jsonb;
     v_context jsonb;
     v_key text := '';
     v_generation integer;  -- of the key
@@ -46,24 +53,51 @@ begin
         return jsonb_build_object('outcome', 'alone', 'state', s.state, 'run_state', r.state);
     end if;
 
-    select coalesce(jsonb_object_agg(u.agent, a.output), '{}'),
-           coalesce(jsonb_object_agg(u.agent, jsonb_build_object('attempt', a.id, 'hash', a.output_hash)), '{}')
-    into v_outputs, v_reads
-    from stepfast.steps u join stepfast.attempts a on a.run_id = u.run_id and a.id = u.attempt_id
-    where u.run_id = p_run and u.agent = any (p_reads) and u.state = 'completed';
+    if s.state = 'executing' then -- what it pinned: a snapshot may have been superseded since
+        select coalesce(jsonb_object_agg(a.agent, a.output), '{}'), coalesce(jsonb_object_agg(pin.key, pin.value), '{}')
+        into v_outputs, v_reads
+        from stepfast.attempts mine, jsonb_each(mine.reads) pin
+            join stepfast.attempts a on a.run_id = p_run and a.id = (pin.value->>'attempt')::uuid
+        where mine.run_id = p_run and mine.id = p_attempt;
+    else
+        select coalesce(jsonb_object_agg(u.agent, a.output), '{}'),
+               coalesce(jsonb_object_agg(u.agent, jsonb_build_object('attempt', a.id, 'hash', a.output_hash)), '{}'),
+               count(*) < cardinality(p_reads) or s.snapshots <> '{}'
+        into v_outputs, v_reads, v_snapshots
+        from stepfast.steps u join stepfast.attempts a on a.run_id = u.run_id and a.id = u.attempt_id
+        where u.run_id = p_run and u.agent = any (p_reads) and u.state = 'completed';
+        if v_snapshots then
+            select f.outputs, f.pins, f.stale into v_outputs, v_reads, v_stale
+            from stepfast.read_snapshots(s, p_reads, v_now, v_outputs, v_reads) f;
+            v_refresh := stepfast.refresh_snapshots(r, s, v_stale, v_now);
+            if v_refresh->>'outcome' = 'deferred' then
+                return v_refresh;
+            end if;
+        end if;
+    end if;
     v_answer := jsonb_build_object('outcome', 'claimed', 'tenant', r.tenant, 'pipeline', r.pipeline, 'input', r.input,
-        'outputs', v_outputs, 'generation', s.generation, 'number', s.attempts + 1, 'failures', s.failures,
+        'outputs', case when p_lean then '{}' else v_outputs end, 'reads', case when p_lean then v_reads else '{}' end,
+        'stale', v_stale, 'generation', s.generation, 'number', s.attempts + 1, 'failures', s.failures,
         'waits', s.waits, 'rounds', s.rounds, 'feedback', s.feedback,
         'approved', (select digest from stepfast.approvals
                      where run_id = p_run and agent = p_agent and item = p_item and state = 'approved'));
+    if r.observes then
+        v_answer := v_answer || jsonb_build_object('observed', (
+            select coalesce(jsonb_agg(o || jsonb_build_object('agent', u.agent) order by u.agent, o->>'name'), '[]')
+            from stepfast.steps u join stepfast.attempts a on a.run_id = u.run_id and a.id = u.attempt_id,
+                 jsonb_array_elements(a.observed) o
+            where u.run_id = p_run and u.agent = any (stepfast.strong_ancestors(p_run, p_agent)) and u.state = 'completed'));
+    end if;
     if s.state = 'executing' then
         update stepfast.attempts set deadline_at = v_now + p_timeout_ms * interval '1 ms'
-        where run_id = p_run and id = p_attempt returning key into v_mine;
+        where run_id = p_run and id = p_attempt returning key, stale_reads into v_mine, v_stale;
         select * into k from stepfast.keys
         where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_mine
           and (attempt_id = p_attempt or state = 'completed')
         order by attempt_id = p_attempt desc, generation desc limit 1;
-        return v_answer || jsonb_build_object('number', s.attempts) || case
+        return v_answer || jsonb_build_object('number', s.attempts, 'stale', v_stale) || case
+            when stepfast.refused_reads(v_stale) then jsonb_build_object('outcome', 'too_old', 'problem',
+                'what it reads is too old', 'stale', v_stale)
             when v_mine is null then jsonb_build_object('outcome', 'bad_key', 'problem', 'the idempotency key was refused')
             when k.attempt_id <> p_attempt then jsonb_build_object('outcome', 'reuse', 'reused_from', k.attempt_id, 'output',
                 (select output from stepfast.attempts where run_id = k.run_id and id = k.attempt_id))
@@ -87,6 +121,10 @@ begin
         end if;
         v_key := v_key || v_value;
     end loop;
+    if v_refresh is not null then
+        v_answer := v_answer || v_refresh;
+        v_key := null;
+    end if;
     if octet_length(v_key) > 1000 then -- what fits into an index
         v_answer := v_answer || jsonb_build_object('outcome', 'bad_key', 'problem',
             'the idempotency key is longer than 1,000 bytes');
@@ -134,14 +172,20 @@ begin
     update stepfast.steps set state = 'executing', attempt_id = p_attempt, attempts = attempts + 1
     where run_id = p_run and agent = p_agent and item = p_item;
     insert into stepfast.attempts (run_id, id, agent, item, generation, number, state, worker_id, repeatable, code_hash,
-                                   key, inputs_hash, reads, started_at, deadline_at)
+                                   key, inputs_hash, reads, stale_reads, started_at, deadline_at)
     values (p_run, p_attempt, p_agent, p_item, s.generation, s.attempts + 1, 'executing', p_worker, p_repeatable,
-            p_code_hash, v_key, v_hash, v_reads, v_now, v_now + p_timeout_ms * interval '1 ms');
+            p_code_hash, v_key, v_hash, v_reads, v_stale, v_now, v_now + p_timeout_ms * interval '1 ms');
     update stepfast.runs
     set event_seq = event_seq + 1, state = 'running', started_at = coalesce(started_at, v_now) where id = p_run;
     insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)
     values (p_run, r.event_seq + 1, 'step.claimed', v_now, p_agent, p_item, s.generation, p_attempt,
             jsonb_build_object('worker', p_worker, 'number', s.attempts + 1, 'reads', v_reads));
+    if v_stale is not null then
+        update stepfast.runs set event_seq = event_seq + 1 where id = p_run;
+        insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)
+        values (p_run, r.event_seq + 2, 'step.stale_read', v_now, p_agent, p_item, s.generation, p_attempt,
+                jsonb_build_object('reads', v_stale));
+    end if;
     -- Last, because nothing may be waited for after it: these steps are other runs'.
     if exists (select from stepfast.steps where queue = s.queue and state = 'available' and sent_at is null) then
         v_answer := v_answer || jsonb_build_object('next', (

@@ -1,10 +1,17 @@
 -- The late confirmation of an attempt that was taken for dead, while its outcome is unknown: the one write that is not
--- guarded by `executing`. It settles the key and the dead letter; the run waits for `resume`.
+-- guarded by `executing`. It settles the key and the dead letter; the run waits for `resume`. Refused where what it read was
+-- changed meanwhile: then what it did is not what the step is to do.
 create function stepfast.confirm_late(
-    r stepfast.runs, s stepfast.steps, p_output jsonb,
+    r stepfast.runs, s stepfast.steps, p_output jsonb, p_observed jsonb,
     p_model text, p_request_id text, p_usage jsonb, p_cost_usd double precision, p_now timestamptz
 ) returns jsonb language plpgsql volatile as $$
 begin
+    if exists (
+        select from stepfast.attempts a, jsonb_each(a.reads) pin join stepfast.steps u on u.run_id = r.id and u.agent = pin.key
+        where a.run_id = s.run_id and a.id = s.attempt_id and u.agent = any (stepfast.strong_ancestors(r.id, s.agent))
+          and (u.state <> 'completed' or u.attempt_id <> (pin.value->>'attempt')::uuid)) then
+        return jsonb_build_object('outcome', 'stale', 'state', s.state, 'run_state', r.state);
+    end if;
     update stepfast.keys k set state = 'completed', ended_at = p_now
     from stepfast.attempts a
     where a.run_id = s.run_id and a.id = s.attempt_id and k.tenant = r.tenant and k.pipeline = r.pipeline
@@ -15,7 +22,7 @@ begin
     update stepfast.attempts
     set state = 'completed', error = null, error_fingerprint = null, ended_at = p_now, output = p_output,
         output_hash = stepfast.hash(p_output), model = p_model, request_id = p_request_id, usage = p_usage,
-        cost_usd = p_cost_usd
+        cost_usd = p_cost_usd, observed = p_observed
     where run_id = s.run_id and id = s.attempt_id;
     update stepfast.steps set state = 'completed', ended_at = p_now
     where run_id = s.run_id and agent = s.agent and item = s.item;
@@ -25,7 +32,7 @@ begin
     values (s.run_id, r.event_seq + 1, 'step.settled', p_now, s.agent, s.item, s.generation, s.attempt_id);
     -- A run that ended in part is whole where this was all that it lacked.
     update stepfast.runs
-    set event_seq = event_seq + 1,
+    set event_seq = event_seq + 1, observes = observes or p_observed is not null,
         partial = partial and (stepfast.has_gap(r.id)
                                or exists (select from stepfast.steps where run_id = r.id and state <> 'completed'))
     where id = r.id;
@@ -38,7 +45,8 @@ end $$;
 -- Called again by the same attempt (its reply was lost), it answers completed, with what still waits to be claimed.
 create function stepfast.complete_v1(
     p_run uuid, p_agent text, p_item text, p_attempt uuid, p_output jsonb,
-    p_model text, p_request_id text, p_usage jsonb, p_cost_usd double precision, p_reused_from uuid
+    p_model text, p_request_id text, p_usage jsonb, p_cost_usd double precision, p_reused_from uuid,
+    p_observed jsonb
 ) returns jsonb language plpgsql volatile as $$
 declare
     v_now timestamptz;
@@ -62,15 +70,23 @@ begin
             return jsonb_build_object('outcome', 'completed', 'run_state', r.state, 'ready', v_ready);
         end if;
         if s.state = 'discarded' and s.attempt_id = p_attempt then
-            return stepfast.confirm_late(r, s, p_output, p_model, p_request_id, p_usage, p_cost_usd, v_now);
+            return stepfast.confirm_late(r, s, p_output, p_observed, p_model, p_request_id, p_usage, p_cost_usd, v_now);
         end if;
         return jsonb_build_object('outcome', 'stale', 'state', s.state, 'run_state', r.state);
     end if;
 
-    update stepfast.attempts
+    update stepfast.attempts a
     set state = 'completed', ended_at = v_now, output = p_output, output_hash = stepfast.hash(p_output), model = p_model,
-        request_id = p_request_id, usage = p_usage, cost_usd = p_cost_usd, reused_from = p_reused_from
-    where run_id = p_run and id = p_attempt returning key into v_key;
+        request_id = p_request_id, usage = p_usage, cost_usd = p_cost_usd, reused_from = p_reused_from,
+        -- What another run's attempt saw counts for whoever takes its output.
+        observed = case when p_reused_from is null then p_observed else (
+            select o.observed from stepfast.keys k join stepfast.attempts o on o.run_id = k.run_id and o.id = k.attempt_id
+            where k.tenant = r.tenant and k.pipeline = r.pipeline and k.agent = p_agent and k.key = a.key
+              and k.attempt_id = p_reused_from) end
+    where run_id = p_run and id = p_attempt returning key, observed into v_key, p_observed;
+    if p_observed is not null then
+        update stepfast.runs set observes = true where id = p_run;
+    end if;
     update stepfast.keys set state = 'completed', ended_at = v_now
     where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_key and attempt_id = p_attempt
       and state = 'reserved';

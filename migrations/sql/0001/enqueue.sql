@@ -82,9 +82,12 @@ begin
         return;
     end if;
 
-    insert into stepfast.steps (run_id, agent, state, depends_on, failure_mode, queue, max_worker_losses, priority, created_at)
+    insert into stepfast.steps (run_id, agent, state, depends_on, snapshots, failure_mode, queue, max_worker_losses, priority, created_at)
     select p_run, a->>'id', case when a->'depends_on' = '[]' and not v_waits then 'available' else 'pending' end,
-           array(select jsonb_array_elements_text(a->'depends_on')), a->>'failure_mode', a->>'queue',
+           array(select jsonb_array_elements_text(a->'depends_on')),
+           coalesce((select jsonb_object_agg(d->>'agent', d - '{agent,consistency}'::text[])
+                     from jsonb_array_elements(a->'declared') d where d->>'consistency' = 'snapshot'), '{}'),
+           a->>'failure_mode', a->>'queue',
            (a->'retry_policy'->>'max_worker_losses')::int, p_priority, v_now
     from jsonb_array_elements(v_agents) a;
     insert into stepfast.events (run_id, seq, name, at, data)

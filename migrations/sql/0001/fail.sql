@@ -3,8 +3,9 @@
 -- Ends an attempt that failed. p_action says what becomes of the step:
 --   retry    again after p_retry_ms; a failure that does not count (a 429) is a wait
 --   discard  given up, with a dead letter
---   rerun    its gate refused: p_rerun and everything that depends on it are done again, given p_feedback; given up
---            instead where that would repeat an effect
+--   rerun    its gate refused, or what p_rerun saw of the world has changed (the code stale_input): p_rerun and everything
+--            that depends on it strongly are done again, given p_feedback; given up instead where that would repeat an
+--            effect, or was done as often as it may be
 -- Returns {"outcome": the step's new state, or "stale", "run_state": …, "ready": […]}.
 create function stepfast.fail_v1(
     p_run uuid, p_agent text, p_item text, p_attempt uuid, p_action text, p_error jsonb, p_retry_ms integer,
@@ -20,6 +21,8 @@ declare
     v_after record;
     v_again text[];
     v_done text[];
+    v_stale boolean := p_error->>'code' = 'stale_input';
+    v_reruns integer;
 begin
     select * into r from stepfast.runs where id = p_run for no key update;
     v_now := stepfast.now();
@@ -30,13 +33,19 @@ begin
                                   'run_state', r.state);
     end if;
     if p_action = 'rerun' then
-        v_again := array[p_rerun] || stepfast.descendants(p_run, p_rerun);
+        v_again := array[p_rerun] || stepfast.strong_descendants(p_run, p_rerun);
         -- A gate is no person: it does not have done again what may have had its effect.
         v_done := stepfast.done_agents(p_run, array_remove(v_again, p_agent));
         if v_done <> '{}' then
             p_action := 'discard';
             p_error := p_error || jsonb_build_object('message', format('%s It was not sent back to %s, because what %s did '
                 'may not be repeated.', p_error->>'message', p_rerun, array_to_string(v_done, ', ')));
+        end if;
+        v_reruns := (select stale_reruns from stepfast.steps where run_id = p_run and agent = p_rerun and item = p_item);
+        if v_stale and v_reruns >= stepfast.stale_reruns_max() then
+            p_action := 'discard';
+            p_error := p_error || jsonb_build_object('message', format('%s %s was done again %s times.', p_error->>'message',
+                                                                       p_rerun, v_reruns));
         end if;
     end if;
     perform stepfast.free_key(r, s, p_error->>'code' = 'outcome_unknown', v_now);
@@ -54,7 +63,7 @@ begin
         -- In a run that was halted meanwhile nothing new starts: the step waits for the resume.
         v_state := case when r.state = 'running' and p_action = 'retry' then 'retryable' else 'pending' end;
         update stepfast.steps
-        set state = v_state, sent_at = null, rounds = rounds + (p_action = 'rerun')::int,
+        set state = v_state, sent_at = null, rounds = rounds + (p_action = 'rerun' and not v_stale)::int,
             scheduled_at = case when v_state = 'retryable' then v_now + p_retry_ms * interval '1 ms' end
         where run_id = p_run and agent = p_agent and item = p_item;
         v_seq := r.event_seq + 1;
@@ -64,8 +73,10 @@ begin
                 jsonb_build_object('code', p_error->>'code', 'message', p_error->>'message', 'retry_ms', p_retry_ms,
                                    'failures', s.failures, 'rerun', p_rerun, 'values', p_error #> '{details,values}'));
         if p_action = 'rerun' then
-            v_seq := stepfast.reopen_steps(r, v_again, format('the gate of %s refused', p_agent), v_seq, v_now);
-            update stepfast.steps set feedback = p_feedback where run_id = p_run and agent = p_rerun;
+            v_seq := stepfast.reopen_steps(r, v_again, format(case when v_stale then '%s found it stale' else
+                'the gate of %s refused' end, p_agent), v_seq, v_now);
+            update stepfast.steps set feedback = p_feedback, stale_reruns = stale_reruns + v_stale::int
+            where run_id = p_run and agent = p_rerun;
         end if;
     end if;
     select * into v_after from stepfast.settle_run(r, v_seq, true, v_now);

@@ -27,18 +27,22 @@ begin
     select coalesce(jsonb_agg(agent order by agent), '[]') into v_agents from resumed;
     update stepfast.dead_letters set resolved_at = v_now, resolution = 'resumed', resolved_by = p_by
     where run_id = p_run and resolved_at is null;
+    update stepfast.steps set stale_reruns = 0 where run_id = p_run and stale_reruns > 0;
     perform stepfast.restart_run(r, jsonb_build_object('by', p_by, 'agents', v_agents), r.event_seq, v_now);
     return jsonb_build_object('outcome', 'done', 'agents', v_agents);
 end $$;
 
--- Does an agent, and everything that depends on it, again: a new generation, with new rounds of its review loops. Of unknown
--- outcomes it settles that of the agent that is named, and no other. In a run that had ended, other discarded steps are resumed
+-- Does an agent, and everything that depends on it strongly, again: a new generation, with new rounds of its review loops. What
+-- executes is fenced; where that may not be repeated its outcome is unknown. The agent that is named is left to finish. Of
+-- unknown outcomes it settles that of the agent that is named, and no other. In a run that had ended, other discarded steps are resumed
 -- with it; in one that goes on, what depends on them under `continue` may have been claimed already.
 create function stepfast.resume_from_v1(p_run uuid, p_agent text, p_by text) returns jsonb language plpgsql volatile as $$
 declare
     v_now timestamptz;
     r stepfast.runs;
-    v_reopened text[] := array[p_agent] || stepfast.descendants(p_run, p_agent);
+    v_reopened text[] := array[p_agent] || stepfast.strong_descendants(p_run, p_agent);
+    v_reason text := p_by || ' resumed from ' || p_agent;
+    v_busy text[];
     v_unknown text[];
     v_agents jsonb;
     v_seq bigint;
@@ -51,10 +55,13 @@ begin
     v_unknown := stepfast.unknown_agents(p_run);
     if array_remove(v_unknown, p_agent) <> '{}' then
         return jsonb_build_object('outcome', 'refused', 'unknown', to_jsonb(array_remove(v_unknown, p_agent)));
-    elsif stepfast.busy_agents(p_run, v_reopened) <> '{}' then
-        return jsonb_build_object('outcome', 'refused', 'busy', to_jsonb(stepfast.busy_agents(p_run, v_reopened)));
     end if;
-    v_seq := stepfast.reopen_steps(r, v_reopened, p_by || ' resumed from ' || p_agent, r.event_seq, v_now);
+    v_busy := stepfast.busy_agents(p_run, v_reopened);
+    if p_agent = any (v_busy) then
+        return jsonb_build_object('outcome', 'refused', 'busy', jsonb_build_array(p_agent));
+    end if;
+    v_reopened := array(select a from unnest(v_reopened) a where a <> all (v_busy));
+    v_seq := stepfast.reopen_steps(r, v_reopened, v_reason, r.event_seq, v_now);
     -- What a person names is done again, whatever another run has made of its key; but what did not happen is not a repetition.
     update stepfast.steps set rounds = 0, repeats = repeats or (agent = p_agent and v_unknown = '{}')
     where run_id = p_run and agent = any (v_reopened);
@@ -67,6 +74,9 @@ begin
     from (select agent from resumed union select unnest(v_reopened)) again;
     update stepfast.dead_letters set resolved_at = v_now, resolution = 'resumed', resolved_by = p_by
     where run_id = p_run and resolved_at is null and r.ended_at is not null;
+    update stepfast.steps set stale_reruns = 0 where run_id = p_run and stale_reruns > 0;
+    v_seq := stepfast.abandon_steps(r, v_busy, v_reason, v_seq, v_now);
+    v_seq := stepfast.tell_snapshots(r, v_reopened, v_reason, v_seq, v_now);
     perform stepfast.restart_run(r, jsonb_build_object('by', p_by, 'from', p_agent, 'agents', v_agents), v_seq, v_now);
     return jsonb_build_object('outcome', 'done', 'agents', v_agents);
 end $$;
@@ -98,7 +108,7 @@ begin
 end $$;
 
 -- Gives a step an output by a person's hand: an attempt of its own, in a new generation. What was done on the old output is
--- done again. A failed or cancelled run stays so, for `resume`.
+-- done again, as in resume_from_v1; what reads a snapshot of it keeps it. A failed or cancelled run stays so, for `resume`.
 create function stepfast.override_v1(p_run uuid, p_agent text, p_output jsonb, p_by text, p_reason text) returns jsonb
 language plpgsql volatile as $$
 declare
@@ -107,6 +117,7 @@ declare
     r stepfast.runs;
     s stepfast.steps;
     v_done text[];
+    v_busy text[];
     v_seq bigint;
 begin
     select * into r from stepfast.runs where id = p_run for no key update;
@@ -118,11 +129,10 @@ begin
     end if;
     -- Only what had begun on the old output; what is discarded waits for the resume, with its dead letter.
     select coalesce(array_agg(agent), '{}') into v_done from stepfast.steps
-    where run_id = p_run and agent = any (stepfast.descendants(p_run, p_agent))
+    where run_id = p_run and agent = any (stepfast.strong_descendants(p_run, p_agent))
       and state in ('completed', 'executing', 'available', 'retryable', 'suspended', 'skipped');
-    if stepfast.busy_agents(p_run, v_done) <> '{}' then
-        return jsonb_build_object('outcome', 'refused', 'busy', to_jsonb(stepfast.busy_agents(p_run, v_done)));
-    end if;
+    v_busy := stepfast.busy_agents(p_run, v_done);
+    v_done := array(select a from unnest(v_done) a where a <> all (v_busy));
     -- What a person found out settles an unknown key too: it happened, and this is what it gave.
     update stepfast.keys k set state = 'completed', attempt_id = v_attempt, ended_at = v_now
     from stepfast.attempts a
@@ -144,6 +154,8 @@ begin
     values (p_run, r.event_seq + 1, 'step.overridden', v_now, p_agent, '', s.generation + 1, v_attempt,
             jsonb_build_object('by', p_by, 'reason', p_reason, 'was', s.state));
     v_seq := stepfast.reopen_steps(r, v_done, p_agent || ' was overridden', r.event_seq + 1, v_now);
+    v_seq := stepfast.abandon_steps(r, v_busy, p_agent || ' was overridden', v_seq, v_now);
+    v_seq := stepfast.tell_snapshots(r, array[p_agent] || v_done, p_agent || ' was overridden', v_seq, v_now);
     if r.state = 'completed' then
         perform stepfast.restart_run(r, jsonb_build_object('by', p_by, 'agents', to_jsonb(v_done), 'overridden', p_agent),
                                      v_seq, v_now);

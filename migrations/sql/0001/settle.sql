@@ -1,16 +1,8 @@
 -- What follows from a change of one step for the rest of its run. Every function here is called with the run's row locked by
 -- an earlier statement, so that it sees every sibling's commit.
 
--- Everything that depends on an agent, directly or not.
-create function stepfast.descendants(p_run uuid, p_agent text) returns text[] language sql stable as $$
-    with recursive found (agent) as (
-        select s.agent from stepfast.steps s where s.run_id = p_run and p_agent = any (s.depends_on)
-        union
-        select s.agent from found f join stepfast.steps s on s.run_id = p_run and f.agent = any (s.depends_on))
-    select coalesce(array_agg(distinct agent), '{}') from found
-$$;
-
--- Makes available whatever waits only for what is completed, or for what failed under `continue`. `p_send`: the caller is
+-- Makes available whatever waits only for what is completed, for what failed under `continue`, or for a newer output than the
+-- snapshot that it may read. `p_send`: the caller is
 -- about to send the messages of those that are `sent`: all but those that must wait behind what is not sent yet.
 create function stepfast.release_steps(p_run uuid, p_send boolean, p_now timestamptz)
 returns table (agent text, item text, sent boolean) language sql volatile as $$
@@ -23,7 +15,8 @@ returns table (agent text, item text, sent boolean) language sql volatile as $$
         where s.run_id = p_run and s.state = 'pending'
           and not exists (select from stepfast.steps u
                           where u.run_id = p_run and u.agent = any (s.depends_on) and u.state <> 'completed'
-                            and not (u.failure_mode = 'continue' and u.state in ('discarded', 'cancelled'))))
+                            and not (u.failure_mode = 'continue' and u.state in ('discarded', 'cancelled'))
+                            and not (s.snapshots ? u.agent and stepfast.snapshot_serves(u, s.snapshots->u.agent, p_now))))
     update stepfast.steps s
     set state = 'available', sent_at = case when f.sent then p_now end, sends = s.sends + f.sent::int
     from free f where s.run_id = p_run and s.agent = f.agent and s.item = f.item
@@ -116,7 +109,8 @@ create function stepfast.has_gap(p_run uuid) returns boolean language sql stable
     select exists (
         select from stepfast.steps u join stepfast.steps s on s.run_id = u.run_id and u.agent = any (s.depends_on)
         join stepfast.attempts a on a.run_id = s.run_id and a.id = s.attempt_id
-        where u.run_id = p_run and u.failure_mode = 'continue' and a.started_at < u.ended_at and a.decided_by is null)
+        where u.run_id = p_run and u.failure_mode = 'continue' and a.started_at < u.ended_at and a.decided_by is null
+          and not (s.snapshots ? u.agent and a.reads ? u.agent))
 $$;
 
 -- Decides what a run does after its steps changed: skips what depends on what failed, releases what may start, and gives the
@@ -248,8 +242,8 @@ begin
     return case when v_repeatable then null else v_error end;
 end $$;
 
--- Opens a new generation of steps: they are done again, on purpose. What executes is taken back: whoever calls this has
--- refused, where that would leave an effect unknown. Returns the new seq.
+-- Opens a new generation of steps: they are done again, on purpose. What executes is taken back: whoever calls this has left
+-- out what would leave an effect unknown. Returns the new seq.
 create function stepfast.reopen_steps(r stepfast.runs, p_agents text[], p_reason text, p_seq bigint, p_now timestamptz)
 returns bigint language plpgsql volatile as $$
 declare
@@ -280,6 +274,23 @@ begin
         values (r.id, v_seq, 'step.reopened', p_now, s.agent, s.item, s.generation + 1,
                 case when s.state = 'executing' then s.attempt_id end,
                 jsonb_build_object('reason', p_reason, 'was', s.state));
+    end loop;
+    return v_seq;
+end $$;
+
+-- Takes back what executes and may not be repeated: what it reads is no more what stands there, and nobody knows whether it had
+-- its effect. Returns the new seq.
+create function stepfast.abandon_steps(r stepfast.runs, p_agents text[], p_reason text, p_seq bigint, p_now timestamptz)
+returns bigint language plpgsql volatile as $$
+declare
+    s stepfast.steps;
+    v_error jsonb;
+    v_seq bigint := p_seq;
+begin
+    for s in select * from stepfast.steps where run_id = r.id and agent = any (p_agents) order by agent, item loop
+        v_error := stepfast.take_back(r, s, jsonb_build_object('code', 'superseded', 'who', 'person', 'next_step', '',
+            'details', '{}'::jsonb, 'message', format('%s was executing on an old input when %s.', s.agent, p_reason)), p_now);
+        v_seq := stepfast.discard_step(r, s, v_error, v_seq, p_now);
     end loop;
     return v_seq;
 end $$;

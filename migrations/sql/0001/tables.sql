@@ -44,6 +44,7 @@ create table stepfast.runs (
     deadline_at timestamptz,
     parent_run_id uuid,
     forked_from_run_id uuid,
+    observes boolean not null default false, -- a handler recorded what it saw of the world: dependents look again
     event_seq bigint not null default 0, -- the last sequence number given in `events`, under this row's lock
     created_at timestamptz not null,
     started_at timestamptz,
@@ -70,6 +71,7 @@ create table stepfast.steps (
                                          'skipped', 'discarded', 'cancelled')),
     generation integer not null default 1 check (generation >= 1),
     depends_on text[] not null,
+    snapshots jsonb not null default '{}', -- of depends_on: {agent: {"max_staleness_ms", "on_stale"}}
     failure_mode text not null check (failure_mode in ('halt_pipeline', 'skip_dependents', 'continue')),
     queue text not null,
     max_worker_losses integer not null,
@@ -81,6 +83,7 @@ create table stepfast.steps (
     worker_losses integer not null default 0,  -- workers that died under it, likewise
     waits integer not null default 0,          -- 429s, reserved keys, missing handlers: count against nothing
     rounds integer not null default 0,         -- how often its refused gate had an earlier agent run again
+    stale_reruns integer not null default 0,   -- how often a dependent had it done again, since the last resume
     feedback jsonb,                            -- what such a gate read, for the agent that runs again
     repeats boolean not null default false,    -- done again on purpose: opens a new generation of its key
     scheduled_at timestamptz,
@@ -111,12 +114,14 @@ create table stepfast.attempts (
     key text,
     inputs_hash text not null,
     reads jsonb not null,               -- {agent: {"attempt": id, "hash": of its output}}: what it was given
+    stale_reads jsonb,                  -- what of that was superseded or too old: {agent: {"attempt", "age_ms", …}}
     started_at timestamptz not null,
     deadline_at timestamptz not null,
     overstayed_at timestamptz,          -- when it was first seen past its deadline
     ended_at timestamptz,
     output jsonb,
     output_hash text,
+    observed jsonb,                     -- [{"name", "value", "probe"}]: what it saw of the world when it made the output
     reused_from uuid,                   -- the attempt whose output a completed key gave
     model text,
     request_id text,

@@ -67,7 +67,7 @@ select r.id, r.pipeline, r.created_at, r.ended_at, d.agent, d.code, d.error_fing
             then 'letter_discarded' end as held
 from stepfast.runs r left join lateral (
     select l.agent, l.code, l.error_fingerprint, l.payload->>'message' as message, l.code = any (array[
-        'author_mistake', 'gate_refused', 'invalid_input', 'model_refused', 'outcome_unknown']) as never
+        'author_mistake', 'gate_refused', 'invalid_input', 'model_refused', 'outcome_unknown', 'snapshot_too_old']) as never
     from stepfast.dead_letters l where l.run_id = r.id and l.resolved_at is null
     order by never desc, l.created_at, l.agent limit 1) d on true
 where r.state = 'failed' or (r.partial and exists (
