@@ -50,6 +50,9 @@ class Event(StrEnum):
     MODEL_ALIASED = "model.aliased"
     HANDLER_PRINTED = "handler.printed"
     HANDLER_LOG = "handler.log"
+    TRACES_OFF = "traces.off"  # a provider cannot be used by this process
+    TRACES_DROPPED = "traces.dropped"  # a provider took them not
+    TRACES_LATE = "traces.late"  # likewise; what is recorded is exported later
     FIELD_NOT_BUILT = "pipeline.field_not_built"
     PIPELINE_PUBLISHED = "pipeline.published"
     DEAD_LETTER_PUBLISHED = "dead_letter.published"

@@ -28,9 +28,11 @@ from app.errors import (
     StaleClaim,
 )
 from app.events import Event
-from app.execution import canvas
+from app.execution import canvas, tracing
 from app.execution.outcome import decide
 from app.execution.persistence import OUTAGE_MAX_S, through_outage
+from app.observe import traces
+from app.observe.vendors import Kind
 from app.pipelines import expressions
 from app.pipelines.feedback import redacted_feedback
 from app.pipelines.model import hash_json
@@ -67,7 +69,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What every stage after the claim needs."""
+    """What every stage after the claim needs. `shown_by`: who shows inputs and outputs (see `tracing.destination`)."""
 
     id: UUID
     worker: "Worker"
@@ -77,6 +79,7 @@ class Attempt:
     handler: "Handler | None"
     claim: Claim
     deadline: Deadline
+    shown_by: str = ""
 
 
 def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
@@ -112,8 +115,12 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
             from app.execution import alone
 
             return alone.execute(worker, step, pipeline_hash)
-        attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline)
-        with events.bound(attempt_id=str(attempt.id), generation=claim.generation):
+        shown_by = tracing.destination(pipeline, step.run_id, worker.settings)
+        attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline, shown_by)
+        with (
+            events.bound(attempt_id=str(attempt.id), generation=claim.generation),
+            tracing.following(shown_by, pipeline, step.run_id, agent.id, attempt.id, worker.settings),
+        ):
             return _attempt(attempt, broken)
 
 
@@ -200,11 +207,16 @@ def _check_gate(attempt: Attempt) -> None:
         return
     gate = expressions.parse(attempt.agent.gate)
     values = _values_to_show(gate, attempt)
-    try:
-        verdict = gate.evaluate({**attempt.claim.outputs, "input": attempt.claim.input})
-    except AuthorMistake as error:
-        error.details = {**error.details, "values": values}
-        raise
+    with traces.part(Kind.GATE, "gate") as told:
+        told.attributes["stepfast.gate"] = attempt.agent.gate
+        if attempt.pipeline.tracing.log_inputs:
+            told.shown_in = capped(values, attempt.worker.settings.trace_value_max_bytes)
+        try:
+            verdict = gate.evaluate({**attempt.claim.outputs, "input": attempt.claim.input})
+        except AuthorMistake as error:
+            error.details = {**error.details, "values": values}
+            raise
+        told.attributes["stepfast.gate.held"] = verdict.held
     events.emit(Event.STEP_GATE, gate=attempt.agent.gate, held=verdict.held, values=values)
     if not verdict.held:
         saw = ", ".join(f"{name} = {value!r}" for name, value in values.items())
@@ -290,23 +302,21 @@ def _call(attempt: Attempt) -> Answer:
         feedback=claim.feedback,
     )
     _warn_once_a_run(attempt)
-    tracing = attempt.pipeline.tracing
-    limit = attempt.worker.settings.log_value_max_bytes
-    if tracing.enabled and tracing.log_inputs:
-        events.emit(Event.STEP_INPUT, inputs=capped(_inputs_to_show(attempt), limit))
+    logged, settings = attempt.shown_by == traces.LOGS, attempt.worker.settings
+    if logged and attempt.pipeline.tracing.log_inputs:
+        events.emit(Event.STEP_INPUT, inputs=capped(_inputs_to_show(attempt), settings.log_value_max_bytes))
     reach(CrashPoint.CALL_BEFORE, attempt.agent.id)
     if attempt.handler:
         from app.agents import handlers
 
-        answer = handlers.call(attempt.handler, work, RecordedEffects(attempt), attempt.worker.settings)
+        with traces.part(Kind.HANDLER, str(attempt.agent.handler)):
+            answer = handlers.call(attempt.handler, work, RecordedEffects(attempt), settings)
     else:
-        from app.agents import claude
-
-        answer = claude.call(work, attempt.worker.settings)
+        answer = tracing.call_model(work, attempt.pipeline, settings)
     reach(CrashPoint.CALL_AFTER, attempt.agent.id)
-    if tracing.enabled and tracing.log_outputs:
+    if logged and attempt.pipeline.tracing.log_outputs:
         shown = redact(answer.output, attempt.agent.schema)
-        events.emit(Event.STEP_OUTPUT, output=capped(shown, limit))
+        events.emit(Event.STEP_OUTPUT, output=capped(shown, settings.log_value_max_bytes))
     return answer
 
 
@@ -337,9 +347,11 @@ def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None)
     store = attempt.worker.store
     reach(CrashPoint.COMPLETE_BEFORE, attempt.agent.id)
     try:
-        ended = through_outage(
-            lambda: store.complete(attempt.step, attempt.id, answer.output, paid, reused_from), max_s=OUTAGE_MAX_S
-        )
+        with traces.part(Kind.COMMIT, "commit") as told:
+            ended = through_outage(
+                lambda: store.complete(attempt.step, attempt.id, answer.output, paid, reused_from), max_s=OUTAGE_MAX_S
+            )
+            told.attributes["stepfast.outcome"] = ended.outcome
     except DataError as error:
         reason = str(error.orig).splitlines()[0]
         refused = InvalidOutput(f"Postgres refuses the output: {reason}", usage=paid.usage, cost_usd=paid.cost_usd)

@@ -75,8 +75,6 @@ def find(path: Path) -> Path:
 def not_built(pipeline: Pipeline) -> tuple[str, ...]:
     """A sentence for each field that is accepted and not obeyed yet; a run warns of each once."""
     sentences = []
-    if pipeline.tracing.provider == "langfuse":
-        sentences.append(definition.LANGFUSE_NOT_BUILT)
     if pipeline.checkpointing.store == "redis":
         sentences.append(definition.REDIS_NOT_BUILT)
     elif pipeline.checkpointing.ttl_minutes is not None:
