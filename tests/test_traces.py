@@ -3,10 +3,13 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from datetime import UTC, datetime
 from uuid import uuid4
 
 import pytest
+import stepfast
 from conftest import eventually
 from receiving import receiving
 from sqlalchemy import text
@@ -395,3 +398,70 @@ def test_what_is_recorded_is_exported_when_the_provider_is_back(system, here, re
     assert sorted(span.name for span in receiver.of(run["id"])) == [
         *("letter-otlp", "sender", "sender attempt 1", "writer", "writer attempt 1")
     ]
+
+
+def test_a_run_is_linked_to_the_hosts_span(system, here, receiver, write_skill):
+    """Client to broker to worker: the span in which a host starts a run, where it has one, is a link of the run's."""
+    from opentelemetry.sdk.trace import TracerProvider
+
+    name = system.publish(here, traced(write_skill("- {id: only}", "    def only(ctx): return {}\n")))
+    system.start_worker(**environ(receiver))
+    client = stepfast.Client(system.database_url, system.broker_url)
+    with TracerProvider(shutdown_on_exit=False).get_tracer("shop").start_as_current_span("checkout") as span:
+        linked = client.enqueue(name, {}).id
+    alone = client.enqueue(name, {}).id
+    context = span.get_span_context()
+    assert whole(receiver, linked).links == ((f"{context.trace_id:032x}", f"{context.span_id:016x}"),)
+    assert whole(receiver, alone).links == ()
+
+
+def test_a_host_without_opentelemetry_imports_none_of_it():
+    """The client looks for a span only where the host has loaded OpenTelemetry."""
+    code = (
+        "import sys, stepfast.client as c; assert c._traceparent() is None; assert 'opentelemetry' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_step_in_a_process_of_its_own_is_traced(system, here, receiver, write_skill, tmp_path):
+    """A step under which workers died runs alone: the spans of that process arrive, too."""
+    handlers = """
+        import os, pathlib, signal
+        def only(ctx):
+            file = pathlib.Path(ctx.run.input["file"])
+            with file.open("a") as stream:
+                stream.write("x")
+            if len(file.read_text()) < 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {}
+    """
+    folder = write_skill("- {id: only, idempotent: true}", handlers)
+    name = system.publish(here, traced(folder))
+    _end_truce(system)
+    for _ in range(3):
+        system.start_worker(concurrency=1, **environ(receiver))
+    run_id = operations.start(here, name, {"file": str(tmp_path / "tries")}).run_id
+    assert system.ended(run_id)["state"] == "completed"
+    whole(receiver, run_id)
+    assert len(system.logged("step.alone")) == 1
+    attempts = [receiver.one(run_id, f"only attempt {number}") for number in (1, 2, 3)]
+    assert [span.is_error for span in attempts] == [True, True, False]
+    assert receiver.tree(run_id)["only attempt 3"] == ["commit", "handlers:only"]
+
+
+def test_secrets_leave_with_no_span(system, here, receiver, write_skill):
+    """By their looks and names too, wherever a span carries text: inputs, outputs, errors, labels."""
+    secret = "sk-ant-api03-AAAAAAAAAAAAAAAAAAAAAAAA"
+    handlers = """
+        def first(ctx): return {"note": ctx.run.input["note"], "password": "hunter2-correct"}
+        def second(ctx): raise ValueError("cannot use " + ctx.run.input["note"])
+    """
+    agents = "- {id: first}\n- {id: second, depends_on: [first], retry_policy: {max_attempts: 1}}"
+    name = system.publish(here, traced(write_skill(agents, handlers)))
+    system.start_worker(**environ(receiver))
+    run_id = operations.start(here, name, {"note": f"key {secret}"}, labels={"token": "hunter2-correct"}).run_id
+    whole(receiver, run_id)
+    eventually(lambda: len(receiver.of(run_id)) == 8, what="all spans")
+    told = repr(receiver.spans)
+    assert "cannot use key [redacted]" in told
+    assert not [text for text in (secret, "hunter2-correct") if text in told]

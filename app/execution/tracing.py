@@ -6,7 +6,7 @@ sweep. A provider that is away is tried again for a day.
 """
 
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ EVERY_S = 0.5
 # As long as an export may take, for each of so many.
 TAKEN_AT_ONCE_MAX = 4
 LEASE_S = 30.0
-STOP_MAX_S = 2.0
+STOP_MAX_S = 0.8
 TRIED_MAX = timedelta(days=1)
 WARN_EVERY_S = 60.0
 
@@ -77,8 +77,9 @@ def call_model(work: Work, pipeline: "Pipeline", settings: "Settings") -> Answer
         paid = error
         raise
     finally:
-        if live.held:
-            live.finish_calls(_told(work, pipeline, settings, paid))
+        with suppress(Exception):  # what cannot be told must not fail the step; its span is exported without
+            if live.held:
+                live.finish_calls(_told(work, pipeline, settings, paid))
     return paid
 
 
@@ -197,7 +198,7 @@ def start(current: "Callable[[], Worker]", settings: "Settings") -> None:
 
 
 def stop() -> None:
-    """Exports what waits, for at most a few seconds."""
+    """Exports what waits, for at most STOP_MAX_S and FLUSH_MAX_S."""
     for tracer in _tracers:
         tracer.stop()
     _tracers.clear()

@@ -10,6 +10,7 @@ take is dropped and counted. OpenTelemetry is imported where a run is traced, an
 
 import hashlib
 import importlib.util
+import logging
 import os
 import threading
 import time
@@ -42,7 +43,7 @@ BATCH_MAX_SPANS = 32
 EXPORT_EVERY_MS = 500
 EXPORT_MAX_S = 5.0
 # How long a process that ends waits for what is not exported yet: it is told to stop, and has promises to keep.
-FLUSH_MAX_S = 1.0
+FLUSH_MAX_S = 0.7
 WARN_EVERY_S = 60.0
 _ERROR_MAX_BYTES = 1_000
 
@@ -92,7 +93,14 @@ def destination(provider: str, run_id: UUID, rate: float, settings: Settings) ->
     if lacking:
         _warn_once(provider, lacking)
         return LOGS
-    return provider if is_sampled(run_id, rate) else ""
+    if not is_sampled(run_id, rate):
+        return ""
+    try:
+        outlet(provider, settings)
+    except Exception as error:  # noqa: BLE001  # what OpenTelemetry's variables may say, it may refuse in many ways
+        _warn_once(provider, f"{type(error).__name__}: {error}")
+        return LOGS
+    return provider
 
 
 def is_configured(settings: Settings) -> bool:
@@ -116,7 +124,7 @@ def _lacking(provider: str, settings: Settings) -> str:
         return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set"
     try:
         found = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http.trace_exporter")
-    except ModuleNotFoundError:
+    except ImportError:
         found = None
     return "" if found else "the extra `tracing` of stepfast-app is not installed"
 
@@ -164,8 +172,6 @@ class Outlet:
     """One provider, as this process reaches it."""
 
     def __init__(self, provider: str, settings: Settings) -> None:
-        import logging
-
         from opentelemetry.sdk.resources import Resource
 
         self.provider = provider
@@ -175,17 +181,11 @@ class Outlet:
         self._waiting_spans = 0
         self._dropped_spans = 0
         self._warned_s = -WARN_EVERY_S
-        # Its lines, one for each failure, become ours with a count. What it says there is why.
-        logger = logging.getLogger("opentelemetry.exporter.otlp.proto.http.trace_exporter")
-        logger.addFilter(self._note)
-        self._why = ""
+        self._batch: BatchSpanProcessor | None = None
+        # Its lines, one for each failure, become ours with a count.
+        logging.getLogger("opentelemetry.exporter.otlp.proto.http.trace_exporter").addFilter(_note)
 
-    def _note(self, record: Any) -> bool:  # noqa: ANN401  # logging calls it with a LogRecord
-        self._why = record.getMessage()
-        return False
-
-    @cached_property
-    def _batch(self) -> "BatchSpanProcessor":
+    def _new_batch(self) -> "BatchSpanProcessor":
         from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
         outlet, exporter = self, self._exporter
@@ -229,10 +229,12 @@ class Outlet:
         with self._lock:
             full = self._waiting_spans >= QUEUE_MAX_SPANS
             self._waiting_spans += not full
+            # Made once, and after any fork: it has a thread.
+            batch = self._batch = self._batch or self._new_batch()
         if full:
             self.dropped(1)
         else:
-            self._batch.on_end(span)
+            batch.on_end(span)
 
     def taken(self, count: int) -> None:
         with self._lock:
@@ -249,9 +251,7 @@ class Outlet:
         self._tell(told)
 
     def _tell(self, count: int) -> None:
-        events.emit(
-            Event.TRACES_DROPPED, provider=self.provider, spans=count, message=self._why or "The queue is full."
-        )
+        events.emit(Event.TRACES_DROPPED, provider=self.provider, spans=count, message=_why() or "The queue is full.")
 
     def export(self, run_id: UUID, trace_name: str, spans: Sequence[Span]) -> str:
         """Exports these now, and waits for it. Returns why it failed, or ""."""
@@ -260,7 +260,7 @@ class Outlet:
         made = [self.readable(run_id, trace_name, span) for span in spans]
         for first in range(0, len(made), BATCH_MAX_SPANS):
             if self._exporter.export(made[first : first + BATCH_MAX_SPANS]) is not SpanExportResult.SUCCESS:
-                return self._why or "it takes nothing"
+                return _why() or "it takes nothing"
         return ""
 
     def readable(self, run_id: UUID, trace_name: str, span: Span) -> "ReadableSpan":
@@ -285,7 +285,7 @@ class Outlet:
 
     def stop(self) -> None:
         """Exports what waits, within FLUSH_MAX_S."""
-        if "_batch" in self.__dict__:
+        if self._batch:
             # It waits for half a minute where nobody answers; a thread of its own can be left behind.
             thread = threading.Thread(target=self._batch.shutdown, name="stepfast-traces-flush", daemon=True)
             thread.start()
@@ -295,6 +295,19 @@ class Outlet:
             self._waiting_spans = 0
         if lost:
             self._tell(lost)
+
+
+_said = threading.local()
+
+
+def _note(record: logging.LogRecord) -> bool:
+    """Keeps what the exporter says, in the thread that exports, and has nobody else log it."""
+    _said.text = record.getMessage()
+    return False
+
+
+def _why() -> str:
+    return getattr(_said, "text", "")
 
 
 def _context(trace_id: int, span: int) -> Any:  # noqa: ANN401  # a SpanContext
