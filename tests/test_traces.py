@@ -465,3 +465,35 @@ def test_secrets_leave_with_no_span(system, here, receiver, write_skill):
     told = repr(receiver.spans)
     assert "cannot use key [redacted]" in told
     assert not [text for text in (secret, "hunter2-correct") if text in told]
+
+
+def test_each_generation_of_a_step_is_a_span_of_its_own(system, here, receiver, write_skill):
+    """A gate that refuses sends work back: the step that refused and the one done again end, and begin anew."""
+    agents = """
+        - {id: coder, output_schema: rated}
+        - {id: reviewer, depends_on: [coder], gate: "{{coder.score}} > 1", on_refused: {rerun: coder, max_rounds: 2}}
+    """
+    handlers = """
+        def coder(ctx): return {"score": ctx.run.generation}
+        def reviewer(ctx): return {}
+    """
+    schema = '{"type": "object", "properties": {"score": {"type": "number"}}, "required": ["score"]}'
+    name = system.publish(here, traced(write_skill(agents, handlers, files={"schemas/rated.json": schema})))
+    system.start_worker(**environ(receiver))
+    run_id = operations.start(here, name, {}).run_id
+    root = whole(receiver, run_id)
+    eventually(lambda: len(receiver.of(run_id)) == 17, what="all spans")
+    steps = sorted(
+        (span.name, span.attributes["stepfast.generation"], span.status, span.parent)
+        for span in receiver.of(run_id)
+        if "stepfast.attempts" in span.attributes
+    )
+    refused = "gate_refused: The gate {{coder.score}} > 1 does not hold: coder.score = 1."
+    assert steps == [
+        ("coder", 1, "", root.id),
+        ("coder", 2, "", root.id),
+        ("reviewer", 1, refused, root.id),
+        ("reviewer", 2, "", root.id),
+    ]
+    gates = [span.attributes["stepfast.gate.held"] for span in receiver.of(run_id) if span.name == "gate"]
+    assert sorted(gates) == [False, True]

@@ -161,7 +161,13 @@ def export_due(worker: "Worker", warn: "Callable[[str, str], None]") -> bool:
     outbox = Traces(worker.store.engine)
     taken = outbox.take(LEASE_S, TAKEN_AT_ONCE_MAX)
     for due in taken:
-        why, provider = _export(worker, outbox, due)
+        try:
+            why, provider = _export(worker, outbox, due)
+        except (SQLAlchemyError, StepfastError):
+            raise
+        except Exception:
+            outbox.confirm(due, ())  # a run that cannot be shown must not stand before others for ever
+            raise
         if why:
             warn(why, provider)
             return False

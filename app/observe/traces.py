@@ -192,10 +192,10 @@ class Outlet:
 
         class Counting(SpanExporter):
             def export(self, spans: "Sequence[ReadableSpan]") -> SpanExportResult:
-                outlet.taken(len(spans))
                 result = exporter.export(spans)
+                outlet.taken(len(spans))
                 if result is not SpanExportResult.SUCCESS:
-                    outlet.dropped(len(spans))
+                    outlet.dropped(len(spans), _why())
                 return result
 
             def shutdown(self) -> None:
@@ -232,7 +232,7 @@ class Outlet:
             # Made once, and after any fork: it has a thread.
             batch = self._batch = self._batch or self._new_batch()
         if full:
-            self.dropped(1)
+            self.dropped(1, "The queue is full.")
         else:
             batch.on_end(span)
 
@@ -240,7 +240,7 @@ class Outlet:
         with self._lock:
             self._waiting_spans -= count
 
-    def dropped(self, count: int) -> None:
+    def dropped(self, count: int, why: str) -> None:
         """Warns of what was dropped, with its count, once a while."""
         with self._lock:
             self._dropped_spans += count
@@ -248,10 +248,10 @@ class Outlet:
                 return
             self._warned_s = monotonic_s()
             told, self._dropped_spans = self._dropped_spans, 0
-        self._tell(told)
+        self._tell(told, why)
 
-    def _tell(self, count: int) -> None:
-        events.emit(Event.TRACES_DROPPED, provider=self.provider, spans=count, message=_why() or "The queue is full.")
+    def _tell(self, count: int, why: str) -> None:
+        events.emit(Event.TRACES_DROPPED, provider=self.provider, spans=count, message=why)
 
     def export(self, run_id: UUID, trace_name: str, spans: Sequence[Span]) -> str:
         """Exports these now, and waits for it. Returns why it failed, or ""."""
@@ -294,7 +294,7 @@ class Outlet:
             lost, self._dropped_spans = self._dropped_spans + self._waiting_spans, 0
             self._waiting_spans = 0
         if lost:
-            self._tell(lost)
+            self._tell(lost, "The process ended before they were taken.")
 
 
 _said = threading.local()
