@@ -470,7 +470,7 @@ def test_secrets_leave_with_no_span(system, here, receiver, write_skill):
 def test_each_generation_of_a_step_is_a_span_of_its_own(system, here, receiver, write_skill):
     """A gate that refuses sends work back: the step that refused and the one done again end, and begin anew."""
     agents = """
-        - {id: coder, output_schema: rated}
+        - {id: coder, output_schema: rated, idempotent: true}
         - {id: reviewer, depends_on: [coder], gate: "{{coder.score}} > 1", on_refused: {rerun: coder, max_rounds: 2}}
     """
     handlers = """
