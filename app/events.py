@@ -53,7 +53,9 @@ class Event(StrEnum):
     HANDLER_PRINTED = "handler.printed"
     HANDLER_LOG = "handler.log"
     CACHE_AWAY = "checkpoint.cache_away"  # Redis does not answer, or is not named: outputs are read from Postgres
-    FIELD_NOT_BUILT = "pipeline.field_not_built"
+    TRACES_OFF = "traces.off"  # a provider cannot be used by this process
+    TRACES_DROPPED = "traces.dropped"  # a provider took them not
+    TRACES_LATE = "traces.late"  # likewise; what is recorded is exported later
     PIPELINE_PUBLISHED = "pipeline.published"
     DEAD_LETTER_PUBLISHED = "dead_letter.published"
     REQUEST_REFUSED = "request.refused"

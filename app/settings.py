@@ -29,7 +29,7 @@ MODEL_ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One field a variable: `database_url` is `STEPFAST_DATABASE_URL`; those of Anthropic's SDK keep their names."""
+    """One field a variable: `database_url` is `STEPFAST_DATABASE_URL`; those that others named keep their names."""
 
     # Servers. A URL may hold a password.
     database_url: str | None = field(default=None, repr=False)
@@ -40,6 +40,16 @@ class Settings:
     redis_url: str | None = field(default=None, repr=False)
     anthropic_base_url: str | None = None
     anthropic_api_key: str | None = field(default=None, repr=False)
+
+    # Where runs are traced (docs/traces.md). OpenTelemetry's exporter reads the rest of its variables itself.
+    langfuse_public_key: str | None = field(default=None, repr=False)
+    langfuse_secret_key: str | None = field(default=None, repr=False)
+    langfuse_base_url: str = "https://cloud.langfuse.com"
+    langsmith_api_key: str | None = field(default=None, repr=False)
+    langsmith_endpoint: str = "https://api.smith.langchain.com"
+    langsmith_project: str | None = None
+    otel_exporter_otlp_endpoint: str | None = None
+    otel_exporter_otlp_traces_endpoint: str | None = None
 
     # Files. `home` holds the embedded servers' data; `skills` are folders whose handlers.py this worker may import.
     home: Path = ROOT / ".stepfast"
@@ -68,6 +78,8 @@ class Settings:
     input_max_bytes: int = 1_000_000
     output_max_bytes: int = 4_000_000
     log_value_max_bytes: int = 8_192
+    # A prompt is longer than what a log line should hold; a batch of spans must fit into what providers take (4.5 MB).
+    trace_value_max_bytes: int = 32_768
     dead_queue_max: int = 10_000
 
     # Connections of one process to Postgres, beside the one that holds its advisory lock.
@@ -108,13 +120,13 @@ def _with_driver(name: str, url: str) -> str:
 
 
 _EMBEDDED = "Set it, or use --embedded, `stepfast up` or `stepfast demo`, which start embedded servers."
-_FOREIGN = {"anthropic_base_url": "ANTHROPIC_BASE_URL", "anthropic_api_key": "ANTHROPIC_API_KEY"}
+_FOREIGN = ("anthropic_", "langfuse_", "langsmith_", "otel_")
 _CHOICES = {"log_format": ("json", "console"), "log_level": ("debug", "info", "warning", "error")}
 
 
 def variable(name: str) -> str:
     """The environment variable of a field."""
-    return _FOREIGN.get(name, f"STEPFAST_{name.upper()}")
+    return name.upper() if name.startswith(_FOREIGN) else f"STEPFAST_{name.upper()}"
 
 
 @cache

@@ -22,6 +22,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 _TEMPLATE = "stepfast_template"
 _numbers = itertools.count(1)
+# What the settings read: nothing of it comes from the developer's shell.
+SETTINGS = ("STEPFAST_", "ANTHROPIC_", "LANGFUSE_", "LANGSMITH_", "OTEL_")
 
 
 def eventually(check: Callable[[], object], *, within_s: float = 20.0, what: str = "") -> object:
@@ -55,7 +57,7 @@ def _bare_settings(monkeypatch):
     from app import settings
 
     for name in list(os.environ):
-        if name.startswith(("STEPFAST_", "ANTHROPIC_")):
+        if name.startswith(SETTINGS):
             monkeypatch.delenv(name)
     settings.load.cache_clear()
     yield
@@ -255,7 +257,7 @@ class System:
         from app.execution import worker
 
         for name, value in self.environ.items():
-            if name.startswith(("STEPFAST_", "ANTHROPIC_")):
+            if name.startswith(SETTINGS):
                 monkeypatch.setenv(name, value)
         settings.load.cache_clear()
         from app.celery import celery
@@ -271,7 +273,7 @@ class System:
 @pytest.fixture
 def system(database_url, broker_url, tmp_path):
     """Servers without workers; `start_worker` adds them."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("STEPFAST_", "ANTHROPIC_"))}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
     environ |= {
         "STEPFAST_DATABASE_URL": database_url,
         "STEPFAST_BROKER_URL": broker_url,

@@ -20,6 +20,7 @@ from app.agents.work import Answer, Work
 from app.clock import monotonic_s
 from app.errors import AccountProblem, AuthorMistake, InvalidOutput, ModelRefused, OutputCut, Unavailable
 from app.events import Event
+from app.observe import traces
 from app.pipelines.model import Json
 from app.settings import Settings
 
@@ -57,7 +58,7 @@ def call(work: Work, settings: Settings) -> Answer:
     from app.agents.transport import ending_at
 
     request = requests.build(work, settings)
-    client = _client(settings)
+    client = traces.watched(_client(settings))
     left_s = work.deadline.remaining_s()
     if not left_s:
         raise timed_out(work)

@@ -19,7 +19,7 @@ from app.events import Event
 from app.execution import executor
 from app.execution import worker as workers
 from app.execution.executor import Result
-from app.observe import logs
+from app.observe import logs, traces
 from app.runs.store import StepKey
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def _main(told: "Connection", parent_id: int, run_id: str, agent: str, pipeline_
     worker = workers.start_child(parent_id)
     result = executor.execute(worker, StepKey(UUID(run_id), agent), pipeline_hash)
     workers.stop()
+    traces.stop()
     told.send_bytes(json.dumps(asdict(result)).encode())
 
 

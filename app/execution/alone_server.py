@@ -10,9 +10,10 @@ import signal
 import psycopg
 from sqlalchemy.dialects.postgresql import psycopg as dialect
 
+from app import settings
 from app.agents import claude, handlers
 from app.execution import alone
-from app.observe import logs
+from app.observe import logs, traces
 
 __all__ = ["alone", "claude", "dialect", "handlers", "logs", "psycopg"]
 
@@ -25,4 +26,6 @@ def _leave_it_to_the_worker(_number: int, _frame: object) -> None:
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, _leave_it_to_the_worker)
 claude.warm_up()
+if traces.is_configured(settings.load()):
+    traces.warm_up()
 gc.freeze()  # what is never looked at again is never copied

@@ -31,10 +31,12 @@ from app.errors import (
     StaleInput,
 )
 from app.events import Event
-from app.execution import cached, canvas
+from app.execution import cached, canvas, tracing
 from app.execution.effects import RecordedEffects
 from app.execution.outcome import decide
 from app.execution.persistence import OUTAGE_MAX_S, through_outage
+from app.observe import traces
+from app.observe.vendors import Kind
 from app.pipelines import expressions
 from app.pipelines.feedback import redacted_feedback
 from app.pipelines.model import canonical_json, hash_json
@@ -71,7 +73,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What every stage after the claim needs."""
+    """What every stage after the claim needs. `shown_by`: who shows inputs and outputs (see `tracing.destination`)."""
 
     id: UUID
     worker: "Worker"
@@ -81,6 +83,7 @@ class Attempt:
     handler: "Handler | None"
     claim: Claim
     deadline: Deadline
+    shown_by: str = ""
 
 
 def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
@@ -119,8 +122,12 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
             from app.execution import alone
 
             return alone.execute(worker, step, pipeline_hash)
-        attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline)
-        with events.bound(attempt_id=str(attempt.id), generation=claim.generation):
+        shown_by = tracing.destination(pipeline, step.run_id, worker.settings)
+        attempt = Attempt(bid.attempt_id, worker, step, pipeline, agent, handler, claim, deadline, shown_by)
+        with (
+            events.bound(attempt_id=str(attempt.id), generation=claim.generation),
+            tracing.following(shown_by, pipeline, step.run_id, agent.id, attempt.id, worker.settings),
+        ):
             return _attempt(attempt, broken)
 
 
@@ -247,11 +254,16 @@ def _check_gate(attempt: Attempt) -> None:
         return
     gate = expressions.parse(attempt.agent.gate)
     values = _values_to_show(gate, attempt)
-    try:
-        verdict = gate.evaluate({**attempt.claim.outputs, "input": attempt.claim.input})
-    except AuthorMistake as error:
-        error.details = {**error.details, "values": values}
-        raise
+    with traces.part(Kind.GATE, "gate") as told:
+        told.attributes["stepfast.gate"] = attempt.agent.gate
+        if attempt.pipeline.tracing.log_inputs:
+            told.shown_in = capped(values, attempt.worker.settings.trace_value_max_bytes)
+        try:
+            verdict = gate.evaluate({**attempt.claim.outputs, "input": attempt.claim.input})
+        except AuthorMistake as error:
+            error.details = {**error.details, "values": values}
+            raise
+        told.attributes["stepfast.gate.held"] = verdict.held
     events.emit(Event.STEP_GATE, gate=attempt.agent.gate, held=verdict.held, values=values)
     if not verdict.held:
         saw = ", ".join(f"{name} = {value!r}" for name, value in values.items())
@@ -341,28 +353,22 @@ def _work(attempt: Attempt) -> Work:
 def _call(attempt: Attempt) -> Answer:
     work = _work(attempt)
     _warn_once_a_run(attempt)
-    tracing = attempt.pipeline.tracing
-    limit = attempt.worker.settings.log_value_max_bytes
-    if tracing.enabled and tracing.log_inputs:
-        events.emit(Event.STEP_INPUT, inputs=capped(_inputs_to_show(attempt), limit))
+    logged, settings = attempt.shown_by == traces.LOGS, attempt.worker.settings
+    if logged and attempt.pipeline.tracing.log_inputs:
+        events.emit(Event.STEP_INPUT, inputs=capped(_inputs_to_show(attempt), settings.log_value_max_bytes))
     reach(CrashPoint.CALL_BEFORE, attempt.agent.id)
     if attempt.handler:
         from app.agents import handlers
 
-        answer = handlers.call(
-            attempt.handler,
-            work,
-            RecordedEffects(attempt.worker.store, attempt.step, attempt.id),
-            attempt.worker.settings,
-        )
+        with traces.part(Kind.HANDLER, str(attempt.agent.handler)):
+            effects = RecordedEffects(attempt.worker.store, attempt.step, attempt.id)
+            answer = handlers.call(attempt.handler, work, effects, settings)
     else:
-        from app.agents import claude
-
-        answer = claude.call(work, attempt.worker.settings)
+        answer = tracing.call_model(work, attempt.pipeline, settings)
     reach(CrashPoint.CALL_AFTER, attempt.agent.id)
-    if tracing.enabled and tracing.log_outputs:
+    if logged and attempt.pipeline.tracing.log_outputs:
         shown = redact(answer.output, attempt.agent.schema)
-        events.emit(Event.STEP_OUTPUT, output=capped(shown, limit))
+        events.emit(Event.STEP_OUTPUT, output=capped(shown, settings.log_value_max_bytes))
     return answer
 
 
@@ -377,10 +383,6 @@ def _warn_once_a_run(attempt: Attempt) -> None:
     """Says what the file asks for and does not get, at the first attempt of the first agent."""
     if attempt.agent != attempt.pipeline.agents[0] or attempt.claim.number > 1:
         return
-    from app.pipelines.loader import not_built
-
-    for sentence in not_built(attempt.pipeline):
-        events.emit(Event.FIELD_NOT_BUILT, message=sentence)
     if attempt.pipeline.checkpointing.store == "redis" and not attempt.worker.cache:
         events.emit(Event.CACHE_AWAY, message="STEPFAST_REDIS_URL is not set: outputs are read from Postgres.")
     aliases = attempt.worker.settings.model_aliases
@@ -395,10 +397,12 @@ def _complete(attempt: Attempt, answer: Answer, reused_from: UUID | None = None)
     store = attempt.worker.store
     reach(CrashPoint.COMPLETE_BEFORE, attempt.agent.id)
     try:
-        ended = through_outage(
-            lambda: store.complete(attempt.step, attempt.id, answer.output, paid, reused_from, answer.observed),
-            max_s=OUTAGE_MAX_S,
-        )
+        with traces.part(Kind.COMMIT, "commit") as told:
+            ended = through_outage(
+                lambda: store.complete(attempt.step, attempt.id, answer.output, paid, reused_from, answer.observed),
+                max_s=OUTAGE_MAX_S,
+            )
+            told.attributes["stepfast.outcome"] = ended.outcome
     except DataError as error:
         reason = str(error.orig).splitlines()[0]
         refused = InvalidOutput(f"Postgres refuses the output: {reason}", usage=paid.usage, cost_usd=paid.cost_usd)

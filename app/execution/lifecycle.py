@@ -8,8 +8,9 @@ from celery.concurrency.prefork import TaskPool as PreforkPool
 
 from app import settings
 from app.errors import StepfastError
-from app.execution import stopping, worker
+from app.execution import stopping, tracing, worker
 from app.execution.rescue import Sweeper
+from app.observe import traces
 from app.pipelines.model import Queue
 
 _sweepers: list[Sweeper] = []
@@ -41,6 +42,8 @@ def _warm_up(instance: Any, **_: Any) -> None:  # noqa: ANN401
         from app.agents import claude
 
         claude.warm_up()
+    if traces.is_configured(settings.load()):
+        traces.warm_up()
     if issubclass(instance.pool_cls, PreforkPool):
         _be_a_parent(instance)
 
@@ -57,6 +60,7 @@ def _start_sweeping(**_: Any) -> None:  # noqa: ANN401
     sweeper = Sweeper(worker.current, settings.load().sweep_s)
     sweeper.start()
     _sweepers.append(sweeper)
+    tracing.start(worker.current, settings.load())
 
 
 def _leave(**_: Any) -> None:  # noqa: ANN401
@@ -64,8 +68,10 @@ def _leave(**_: Any) -> None:  # noqa: ANN401
     for sweeper in _sweepers:
         sweeper.stop()
     _sweepers.clear()
+    tracing.stop()
     worker.stop()
 
 
 def _leave_process(**_: Any) -> None:  # noqa: ANN401
+    tracing.stop()
     worker.stop()

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app import events, settings
 from app.errors import StepfastError
 from app.events import Event
-from app.execution import worker
+from app.execution import tracing, worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +52,7 @@ def _keep_bound() -> None:
     while (left := _left_after_hand_over()) != 0:
         if _ended.wait(_LOOK_AGAIN_S):
             return
+    tracing.stop()
     events.emit(Event.WORKER_STOPPED, pid=os.getpid(), left=left)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -56,7 +56,7 @@ AGENT_FIELDS = (
 )
 RETRY_FIELDS = ("max_attempts", "backoff", "initial_ms", "max_ms", "jitter", "max_worker_losses")
 ON_REFUSED_FIELDS = ("rerun", "max_rounds")
-TRACING_FIELDS = ("enabled", "provider", "log_inputs", "log_outputs")
+TRACING_FIELDS = ("enabled", "provider", "log_inputs", "log_outputs", "sample_rate")
 CHECKPOINTING_FIELDS = ("enabled", "store", "ttl_minutes")
 
 
@@ -125,9 +125,8 @@ def _tracing(top: Section) -> Tracing | None:
         provider=section.choice("provider", names.TRACING_PROVIDERS),
         log_inputs=section.boolean("log_inputs"),
         log_outputs=section.boolean("log_outputs"),
+        sample_rate=section.number("sample_rate", limits.SAMPLE_SHARE),
     )
-    if given.get("provider") == "langfuse":
-        section.warn("provider", LANGFUSE_NOT_BUILT)
     return Tracing(**given)
 
 
@@ -142,9 +141,6 @@ def _checkpointing(top: Section) -> Checkpointing | None:
         ttl_minutes=section.integer("ttl_minutes", limits.TTL_MINUTES),
     )
     return Checkpointing(**given)
-
-
-LANGFUSE_NOT_BUILT = "the tracing provider langfuse is not built yet: what it would show stands in the JSON logs."
 
 
 def _agent(section: Section, allowed: Allowed) -> Agent | None:

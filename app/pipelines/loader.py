@@ -72,14 +72,6 @@ def find(path: Path) -> Path:
     return found[0] if len(found) == 1 else path
 
 
-def not_built(pipeline: Pipeline) -> tuple[str, ...]:
-    """A sentence for each field that is accepted and not obeyed yet; a run warns of each once."""
-    sentences = []
-    if pipeline.tracing.provider == "langfuse":
-        sentences.append(definition.LANGFUSE_NOT_BUILT)
-    return tuple(sentences)
-
-
 def read_definition(report: Report, file: Path, allowed: Allowed) -> Definition | None:
     """What the skill file alone says; None, with a fault, where it cannot be read."""
     try:

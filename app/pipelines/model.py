@@ -155,6 +155,7 @@ class Tracing:
     provider: str = "logs"
     log_inputs: bool = False
     log_outputs: bool = False
+    sample_rate: float = 1.0  # the share of runs that the provider shows
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ WRITTEN = {
 HANDLERS_MODULE = "handlers"
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
-TRACING_PROVIDERS = ("logs", "langfuse")
+TRACING_PROVIDERS = ("logs", "langfuse", "langsmith", "otlp")
 CHECKPOINT_STORES = ("postgres", "redis")
 
 # The names in the SDK's `anthropic.types.ModelParam` (a test compares them). An alias in the settings admits others.

@@ -230,6 +230,13 @@ events = _table(
     _uuid("attempt_id", null=True),
     _json("data"),
 )
+traces = _table(
+    "traces",
+    _uuid("run_id", key=True),
+    _text("traceparent", null=True),
+    _time("due_at", null=True),
+    Column("sent", ARRAY(Text), nullable=False),
+)
 metric_position = _table("metric_position", _bool("only_row", key=True), _time("counted_until"))
 metric_totals = _table(
     "metric_totals",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
@@ -24,7 +25,7 @@ _MOVES_MAX = 5
 _PIPELINE = "select hash, input_schema::text from stepfast.v_pipelines where name = %s::text"
 _ENQUEUE = """
     select run_id::text, created from stepfast.enqueue_v1(
-        %s::text, %s::jsonb, %s::text, %s::text, %s::jsonb, %s::integer, %s::uuid, %s::text)
+        %s::text, %s::jsonb, %s::text, %s::text, %s::jsonb, %s::integer, %s::uuid, %s::text, %s::text)
 """
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
@@ -111,7 +112,7 @@ class Client:
         """Writes a run, in one round trip, and has its message sent after the commit."""
         for _ in range(_MOVES_MAX):
             text, labelled, known = self.check(found, pipeline, run_input, labels, priority)
-            values = (pipeline, text, key, tenant or "default", labelled, priority, str(run_id), known)
+            values = (pipeline, text, key, tenant or "default", labelled, priority, str(run_id), known, _traceparent())
             for started, created in found.write(_ENQUEUE, values):
                 if created:
                     found.after_commit(lambda started=started: self.look_after(started))  # type: ignore[misc]
@@ -151,6 +152,15 @@ class Client:
             self._definitions.clear()
         made = Definition(rows[0][0], _checking(json.loads(rows[0][1] or "null")))
         return self._definitions.setdefault(pipeline, made)
+
+
+def _traceparent() -> str | None:
+    """Of the host's current span (W3C), where the host uses OpenTelemetry: the run's trace is linked to it."""
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is None:
+        return None
+    span = trace.get_current_span().get_span_context()
+    return f"00-{span.trace_id:032x}-{span.span_id:016x}-{int(span.trace_flags):02x}" if span.is_valid else None
 
 
 def _json(value: object, name: str, max_bytes: int) -> str:

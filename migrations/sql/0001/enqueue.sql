@@ -1,7 +1,8 @@
 -- The one start path: the command line, the client, Celery's stepfast.start and plain SQL all call it.
 -- Errors: SF001 unknown pipeline; SF002 the key was used with another input; SF003 the input is not an object, or a key is
 -- too long or has no value. Where p_hash is given and the name means another definition by now, nothing is started, and no row
--- returned: whoever checked the input against that definition checks it anew.
+-- returned: whoever checked the input against that definition checks it anew. p_traceparent: of the host's span (W3C), to which
+-- the run's trace is linked.
 create function stepfast.enqueue_v1(
     p_pipeline text,
     p_input jsonb,
@@ -10,7 +11,8 @@ create function stepfast.enqueue_v1(
     p_labels jsonb default '{}',
     p_priority integer default 0,
     p_run uuid default gen_random_uuid(),
-    p_hash text default null
+    p_hash text default null,
+    p_traceparent text default null
 ) returns table (run_id uuid, created boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -19,6 +21,7 @@ declare
     v_agents jsonb;
     v_parts jsonb;
     v_deadline_ms bigint;
+    v_tracing jsonb;
     v_input_hash text := stepfast.hash(p_input);
     v_old stepfast.runs;
     v_part jsonb;
@@ -33,9 +36,9 @@ begin
         raise exception 'the key is longer than 1,000 bytes' using errcode = 'SF003';
     end if;
     -- One look into the definition: each would decompress it anew.
-    select p.hash, d.agents, d.concurrency_parts, d.deadline_ms into v_hash, v_agents, v_parts, v_deadline_ms
+    select p.hash, d.agents, d.concurrency_parts, d.deadline_ms, d.tracing into v_hash, v_agents, v_parts, v_deadline_ms, v_tracing
     from stepfast.pipeline_names n join stepfast.pipelines p on p.hash = n.hash,
-         jsonb_to_record(p.definition) as d (agents jsonb, concurrency_parts jsonb, deadline_ms bigint)
+         jsonb_to_record(p.definition) as d (agents jsonb, concurrency_parts jsonb, deadline_ms bigint, tracing jsonb)
     where n.name = p_pipeline;
     if not found then
         raise exception 'no pipeline is published as %', p_pipeline using errcode = 'SF001';
@@ -92,5 +95,8 @@ begin
     from jsonb_array_elements(v_agents) a;
     insert into stepfast.events (run_id, seq, name, at, data)
     values (p_run, 1, 'run.enqueued', v_now, jsonb_build_object('pipeline_hash', v_hash, 'input_hash', v_input_hash));
+    if v_tracing->'enabled' = 'true' and v_tracing->>'provider' <> 'logs' then
+        insert into stepfast.traces (run_id, traceparent) values (p_run, left(p_traceparent, 100));
+    end if;
     return query select p_run, true;
 end $$;

@@ -232,6 +232,16 @@ create table stepfast.events (
     primary key (run_id, seq)
 );
 
+-- One row a run that a provider shows (`tracing` in its file): the outbox of its spans of runs, steps and attempts, which are
+-- made of what is recorded (app/execution/tracing.py).
+create table stepfast.traces (
+    run_id uuid primary key references stepfast.runs (id) on delete cascade,
+    traceparent text,                   -- of the host's span in which the run was started (W3C), for a link
+    due_at timestamptz,                 -- since when something is to be exported; or until when somebody is at it
+    sent text[] not null default '{}'   -- ids of the spans that were exported
+) with (fillfactor = 70);
+create index traces_due on stepfast.traces (due_at) where due_at is not null;
+
 -- What happened in a while is found without reading what happened before. BRIN costs an insert next to nothing.
 create index events_at on stepfast.events using brin (at) with (autosummarize = on);
 
