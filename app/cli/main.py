@@ -31,7 +31,7 @@ COMMANDS = {
     "demo": Entry("app.cli.demo", "Run the bundled pipeline on a small repository, on servers of its own."),
     "up": Entry("app.cli.up", "Start embedded servers, workers and Flower, until Ctrl-C."),
     "new": Entry("app.cli.new", "Write a starter skill, or what is missing beside a skill file."),
-    "audit": Entry("app.cli.audit", "Check a skill file: every fault at once, then its canvas. No database."),
+    "audit": Entry("app.cli.audit", "Check a skill file by the checklist of a distributed system. No database."),
     "publish": Entry("app.cli.publish", "Store a skill's definition; new runs of its name take it."),
     "run": Entry("app.cli.run", "Start a run of a published pipeline or of a skill file."),
     "runs": Entry("app.cli.runs", "List runs, newest first."),
