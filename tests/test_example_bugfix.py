@@ -30,7 +30,16 @@ def test_it_has_the_articles_agents_fields_and_values():
     twin = yaml.safe_load((EXAMPLE / "bugfix.skill.yaml").read_text())
 
     assert (twin["name"], twin["version"]) == ("bugfix", "1.0.0")
-    assert set(twin) == {"name", "version", "description", "input_schema", "agents", "tracing", "checkpointing", "suppress"}
+    assert set(twin) == {
+        "name",
+        "version",
+        "description",
+        "input_schema",
+        "agents",
+        "tracing",
+        "checkpointing",
+        "suppress",
+    }
     assert twin["agents"] == [
         {
             "id": "researcher",
