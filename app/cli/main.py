@@ -44,6 +44,7 @@ COMMANDS = {
     "cancel": Entry("app.cli.cancel", "End a run that has not ended."),
     "dead": Entry("app.cli.dead", "List dead letters by what went wrong, show or discard one."),
     "doctor": Entry("app.cli.doctor", "Check settings, servers, workers, queues and stuck runs."),
+    "prune": Entry("app.cli.prune", "Delete runs that ended long ago, in batches."),
     "migrate": Entry("app.cli.migrate", "Bring the database to this version's schema."),
     "crashtest": Entry("app.cli.crashtest", "Kill a pipeline's workers at every point, and judge what comes of it."),
     "simulate": Entry("app.cli.simulate", "Serve the Claude simulator, until Ctrl-C."),

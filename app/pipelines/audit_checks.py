@@ -73,7 +73,7 @@ class Subject:
 
 def consistency(subject: Subject) -> Iterator[Found]:
     for name, draft in subject.drafts.items():
-        for item in draft.section.items("depends_on"):
+        for item in draft.section.nodes("depends_on"):
             other = item.entries.get("agent", (None, None))[1] if isinstance(item, YamlMap) else item
             declared = isinstance(item, YamlMap) and "consistency" in item.entries
             if isinstance(other, Scalar) and not declared:

@@ -41,7 +41,7 @@ class Section:
         """Where a field's value stands; where the map begins, if it has no such field."""
         return self._node.entries[key][1].place if key in self else self._node.place
 
-    def items(self, key: str) -> tuple[Node, ...]:
+    def nodes(self, key: str) -> tuple[Node, ...]:
         """The entries of a field's list as they stand, unchecked; none where it is no list."""
         node = self._node.entries[key][1] if key in self else None
         return node.items if isinstance(node, Sequence) else ()

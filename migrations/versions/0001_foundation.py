@@ -13,7 +13,7 @@ SQL = Path(__file__).parent.parent / "sql" / "0001"
 # In the order in which they need each other.
 FILES = (
     *("tables", "core", "settle", "enqueue", "claim", "complete", "fail"),
-    *("effects", "approve", "operate", "requests", "sweep", "metrics", "views", "rights", "limits"),
+    *("effects", "approve", "operate", "requests", "sweep", "metrics", "prune", "views", "rights", "limits"),
 )
 
 
