@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 import click
 
 from app import settings
-from app.cli import output, system
-from app.errors import InvalidFile
+from app.cli import audit_run, embedding, output, system
+from app.errors import InvalidFile, Misuse
 
 if TYPE_CHECKING:
     from app.pipelines.audit import Audit
 
 
 @click.command()
-@click.argument("skill", type=click.Path(path_type=Path))
+@click.argument("skill", type=click.Path(path_type=Path), required=False)
+@click.option("--run", "run", metavar="RUN", help="Ask the checklist of what happened in a run, instead of a file.")
+@embedding.option
 @click.option(
     "--format",
     "shape",
@@ -36,14 +38,24 @@ if TYPE_CHECKING:
     "as_json",
     is_flag=True,
     help="As --format json: {skill, ok, name, version, hash, canvas, findings: "
-    "[{rule, severity, agent, file, line, column, message, fix, suppressed}]}.",
+    "[{rule, severity, agent, file, line, column, message, fix, suppressed}]}; "
+    "with --run {run, ok, promises: [{rule, verdict, evidence}]}.",
 )
-def command(skill: Path, shape: str, fail_on: str, as_json: bool) -> int:
+def command(skill: Path | None, run: str | None, embedded: bool, shape: str, fail_on: str, as_json: bool) -> int:
     """Check a skill file and what lies beside it, by a distributed system's checklist. Needs no database and no key.
 
     Reports everything at once, each with its file, line, column and rule; then prints the canvas that the file compiles
     to. The rules, and how a file accepts a finding, are in docs/audit.md. Handlers are read, and never run.
+
+    With --run (the beginning of a run's id, or `last`) each rule is kept, broken or not applicable, by what is recorded
+    of the run; exit 1 where one is broken.
     """
+    if run is not None:
+        if skill is not None or shape not in {"text", "json"}:
+            raise Misuse("--run goes without a SKILL, as text or JSON.", next_step="See: stepfast audit --help")
+        return audit_run.show(run, embedded=embedded, as_json=as_json or shape == "json")
+    if skill is None or embedded:
+        raise Misuse("Name a SKILL, or --run RUN, to which --embedded belongs.", next_step="See: stepfast audit --help")
     from app.cli import audit_formats
     from app.pipelines.audit import audit
 
