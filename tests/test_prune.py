@@ -179,6 +179,30 @@ def test_start_key_outlives_its_run(bench):
     assert bench.store.enqueue("tested", {"x": 1}, key="order-8")[1]
 
 
+def test_start_during_its_runs_prune_waits_for_it(bench):
+    """Whoever starts with a key while its run is being deleted is given that run, too."""
+    run = bench.start(line("a"), {"x": 1}, key="order-7")
+    bench.do(run, "a")
+    later(bench)
+    pruning = Pruning(bench.store.engine, MONTH)
+    list(pruning.count_events())
+    waiting = (
+        "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%enqueue_v1%'"
+        " and datname = current_database()"
+    )
+    with (
+        ThreadPoolExecutor(1) as pool,
+        bench.store.engine.connect().execution_options(isolation_level="READ COMMITTED") as pruner,
+    ):
+        delete = text("select stepfast.prune_runs_v1(:before, '-infinity', gen_random_uuid(), 10, 10, false)->'pruned'")
+        assert pruner.execute(delete, {"before": pruning.before}).scalar() == 1
+        again = pool.submit(bench.store.enqueue, "tested", {"x": 1}, key="order-7")
+        eventually(lambda: bench.sql(waiting), what="a start that waits")
+        pruner.commit()
+        assert again.result() == (run, False)
+    assert rows(bench, "runs", "spent_keys") == [0, 1]
+
+
 def test_metrics_lose_nothing(bench):
     """What was not counted yet is counted before it goes."""
     bench.do(bench.start(line("a")), "a")
