@@ -53,13 +53,17 @@ class Misuse(StepfastError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Fault:
-    """One fault of a file. `line` and `column` count from 1; 0 where the whole file is meant."""
+    """One fault of a file. `line` and `column` count from 1; 0 where the whole file is meant.
+
+    `rule` is the rule of the audit's checklist that it breaks, where there is one for it.
+    """
 
     file: str
     line: int
     column: int
     message: str
     severity: Literal["error", "warning"] = "error"
+    rule: str = ""
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file

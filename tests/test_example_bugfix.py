@@ -26,11 +26,20 @@ def test_the_repository_is_the_same_everywhere(tmp_path):
 
 
 def test_it_has_the_articles_agents_fields_and_values():
-    """The bundled twin differs from the article's skill file in its name, its description and its input schema alone."""
+    """The bundled twin differs from the article's in its name, description, input schema, and what it accepts of the audit."""
     twin = yaml.safe_load((EXAMPLE / "bugfix.skill.yaml").read_text())
 
     assert (twin["name"], twin["version"]) == ("bugfix", "1.0.0")
-    assert set(twin) == {"name", "version", "description", "input_schema", "agents", "tracing", "checkpointing"}
+    assert set(twin) == {
+        "name",
+        "version",
+        "description",
+        "input_schema",
+        "agents",
+        "tracing",
+        "checkpointing",
+        "suppress",
+    }
     assert twin["agents"] == [
         {
             "id": "researcher",

@@ -297,3 +297,23 @@ def test_importing_the_loader_is_cheap():
     )
     if "celery" not in done.stdout:  # `app` itself may build the Celery application
         assert done.stdout.strip() == "set()"
+
+
+def test_an_agent_whose_id_stands_twice_is_checked_like_the_others(skill):
+    """Its dependencies, gate, input, prompt, schema and handler are looked at, too."""
+    again = '  - id: second\n    depends_on: [frist]\n    state_input: two\n    gate: "{{first.scor}} > 1"\n    output_schema: three\n'
+    skill.write_text(
+        SKILL
+        + again
+        + "  - {id: first, model: claude-opus-5-5, depends_on: [second], output_schema: one, gate: '{{second.x}} > 1'}\n"
+    )
+    found = lines(skill)
+    for part in (
+        "10:9 error the agent 'second' stands here twice.",
+        "11:18 error depends_on names 'frist', which is no agent.",
+        "12:18 error no agent upstream has the output_schema 'two'.",
+        "14:20 error schemas/three.json is missing.",
+        "15:10 error the agent 'first' stands here twice.",
+        "second has no output_schema, so its fields are unknown.",
+    ):
+        assert any(part in line for line in found), part

@@ -3,7 +3,7 @@
 import os
 import platform
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SKEW_MAX_S = 2.0
 REPLY_TIMEOUT_S = 1.0
 STUCK_LISTED_MAX = 20
+# From so many runs on that `stepfast prune` would look at, it is mentioned.
+OLD_RUNS_MENTIONED = 1_000
 _PACKAGES = ("stepfast-app", "celery", "redis", "anthropic", "sqlalchemy", "psycopg", "flower")
 _DIRECTLY = "Set STEPFAST_SESSION_DATABASE_URL to the same database's address without the pooler."
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "red"}
@@ -175,6 +177,7 @@ def _database(worker: "Worker", nodes: dict[str, set[str]] | None) -> "Iterator[
     yield from _workers(health, nodes or {}, waiting)
     yield from _dead_letters(health, worker.settings.dead_queue_max)
     yield from _stuck(health, {name for name, depth in depths.items() if depth})
+    yield from _old(worker)
 
 
 def _pooler(configured: settings.Settings, server: "Server") -> "Iterator[Check]":
@@ -260,6 +263,16 @@ def _stuck(health: "Health", busy: set[str]) -> "Iterator[Check]":
         yield Check("runs", "bad", text, f"stepfast explain {name}")
     if stuck and stuck[0]["runs"] > STUCK_LISTED_MAX:
         yield Check("runs", "bad", f"{stuck[0]['runs']:,} are stuck in all", "stepfast runs --state running")
+
+
+def _old(worker: "Worker") -> "Iterator[Check]":
+    from app.cli.prune import DEFAULT_DAYS
+    from app.runs.prune import prunable_count
+
+    old = prunable_count(worker.store.engine, timedelta(days=DEFAULT_DAYS), OLD_RUNS_MENTIONED)
+    if old >= OLD_RUNS_MENTIONED:
+        text = f"at least {old:,} ended more than {DEFAULT_DAYS} days ago, and are kept"
+        yield Check("runs", "ok", text, "stepfast prune --dry-run")
 
 
 def _counted(found: "Iterable[object]", one: str, many: str) -> str:

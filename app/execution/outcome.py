@@ -3,12 +3,11 @@
 from typing import TYPE_CHECKING
 
 from app.errors import GateRefused, Permanent, Retryable, StaleInput
-from app.pipelines.model import Backoff, RetryPolicy
 from app.runs.store import Ending
 
 if TYPE_CHECKING:
     from app.errors import AgentError
-    from app.pipelines.model import Agent, Json
+    from app.pipelines.model import Agent, Json, RetryPolicy
 
 
 def decide(
@@ -34,16 +33,6 @@ def _feedback(agent: "Agent", error: GateRefused) -> "Json":
     return {"gate_of": agent.id, "gate": agent.gate, "read": error.read or {}}
 
 
-def backoff_ms(policy: RetryPolicy, number: int, random_0_to_1: float) -> int:
+def backoff_ms(policy: "RetryPolicy", number: int, random_0_to_1: float) -> int:
     """The delay before retry `number`, from 1 (see RetryPolicy)."""
-    assert number >= 1
-    match policy.backoff:
-        case Backoff.EXPONENTIAL:
-            # The exponent is capped: 2**63 ms is beyond any max_ms.
-            factor = 1 << min(number - 1, 62)
-        case Backoff.LINEAR:
-            factor = number
-        case Backoff.CONSTANT:
-            factor = 1
-    whole = min(policy.initial_ms * factor, policy.max_ms)
-    return round(whole * (1 - policy.jitter * random_0_to_1))
+    return round(policy.delay_ms(number) * (1 - policy.jitter * random_0_to_1))

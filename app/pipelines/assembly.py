@@ -1,6 +1,6 @@
 """Joins a definition with the prompts, schemas and handlers beside it, and checks what each says of the others."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -33,12 +33,13 @@ class _Assembly:
         top, input_schema = self._definition.top, self._definition.input_schema
         if input_schema:
             self._read_schema(input_schema, top.place("input_schema"))
-        for draft in self._drafts.values():
+        every = (*self._drafts.values(), *self._definition.doubles)
+        for draft in every:
             if draft.agent.output_schema:
                 self._read_schema(draft.agent.output_schema, draft.section.place("output_schema"))
-        self._check_handlers()
+        self._check_handlers(every)
         self._check_concurrency_key()
-        agents = tuple(self._agent(draft) for draft in self._drafts.values())
+        agents = tuple(self._agent(draft) for draft in every)
         if self._report.has_errors:
             return None
         source = self._schemas[input_schema] if input_schema else None
@@ -51,15 +52,15 @@ class _Assembly:
 
     def _agent(self, draft: Draft) -> Agent:
         agent = draft.agent
-        upstream = plan.ancestors(self._definition.depends_on, agent.id) - {agent.id}
+        upstream = plan.ancestors({**self._definition.depends_on, agent.id: agent.depends_on}, agent.id) - {agent.id}
         prompt = self._prompt(draft) if agent.model is not None else None
         used = set(agent.inputs)
         for user, path, file, place in self._references(draft, prompt):
-            problem = self._problem(user, path, agent, upstream)
+            problem, rule = self._problem(user, path, agent, upstream)
             if problem:
                 name = ".".join(path)
                 shown = name if user == "key_inputs" else f"{{{{{name}}}}}"
-                self._report.error(file, place, f"{shown}: {problem}")
+                self._report.error(file, place, f"{shown}: {problem}", rule)
             elif path[0] in upstream:
                 used.add(path[0])
             if user == "idempotency_key":
@@ -108,23 +109,20 @@ class _Assembly:
         place = draft.section.place("model")
         return self._beside(f"prompts/{draft.agent.id}.md", limits.PROMPT_MAX_BYTES, place, prompts.parse)
 
-    def _check_handlers(self) -> None:
-        wanted = {}
-        for draft in self._drafts.values():
+    def _check_handlers(self, drafts: Collection[Draft]) -> None:
+        wanted = []
+        for draft in drafts:
             module, _, function = (draft.agent.handler or "").partition(":")
             if module == HANDLERS_MODULE:
-                wanted[draft.agent.id] = (
-                    function,
-                    draft.section.place("handler" if "handler" in draft.section else "id"),
-                )
+                wanted.append((function, draft.section.place("handler" if "handler" in draft.section else "id")))
         if not wanted:
             return
         relative = f"{HANDLERS_MODULE}.py"
-        place = next(iter(wanted.values()))[1]
+        place = wanted[0][1]
         found = self._beside(relative, limits.HANDLERS_MAX_BYTES, place, handlers.functions)
         if found is None:
             return
-        for function, place in wanted.values():
+        for function, place in wanted:
             if function not in found:
                 hint = nearest(function, found)
                 self._report.error(self._file, place, f"{relative} has no function {function!r}.{hint}")
@@ -151,19 +149,22 @@ class _Assembly:
             except templates.BadText as error:
                 self._report.error(self._prompt_file(agent), prompt.place(error.offset), str(error))
 
-    def _problem(self, user: _User, path: templates.Path, agent: Agent, upstream: frozenset[str]) -> str | None:
+    def _problem(
+        self, user: _User, path: templates.Path, agent: Agent, upstream: frozenset[str]
+    ) -> tuple[str | None, str]:
+        """What is wrong with a reference, and the audit's rule for it; None where nothing is."""
         root, fields = path[0], path[1:]
         if root in RUN_NAMES and user != "gate":
-            return f"{root} has no fields." if fields else None
+            return (f"{root} has no fields." if fields else None), ""
         if root != "input" and root not in upstream:
             if root in self._drafts:
-                return f"{root} is not upstream of {agent.id}: add it to depends_on."
-            return f"{root!r} is neither an agent upstream nor 'input'.{nearest(root, [*upstream, 'input'])}"
+                return f"{root} is not upstream of {agent.id}: add it to depends_on.", ""
+            return f"{root!r} is neither an agent upstream nor 'input'.{nearest(root, [*upstream, 'input'])}", ""
         # A missing output counts as null among the key's inputs; whatever else reads one would fail there.
         optional = root in upstream and self._drafts[root].agent.failure_mode == FailureMode.CONTINUE
         if optional and user != "key_inputs":
-            return may_be_missing(root)
-        return None if user == "prompt" and not fields else self._field_problem(root, fields)
+            return may_be_missing(root), ""
+        return None if user == "prompt" and not fields else self._field_problem(root, fields), "schema-lacks-field"
 
     def _check_concurrency_key(self) -> None:
         top = self._definition.top

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.pipelines import dependencies, expressions, limits, names, plan, templates
+from app.pipelines import dependencies, expressions, limits, names, plan, suppressions, templates
 from app.pipelines.model import (
     DEFAULT_KEY,
     Agent,
@@ -20,6 +20,7 @@ from app.pipelines.model import (
 )
 from app.pipelines.report import Report, nearest
 from app.pipelines.sections import Section, section_of
+from app.pipelines.suppressions import Suppression
 from app.pipelines.yaml_source import Node
 
 TOP_FIELDS = (
@@ -32,6 +33,7 @@ TOP_FIELDS = (
     "deadline_ms",
     "tracing",
     "checkpointing",
+    "suppress",
 )
 AGENT_FIELDS = (
     "id",
@@ -78,12 +80,17 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """What the skill file alone says. `drafts` are the agents that have an id, dependencies first."""
+    """What the skill file alone says. `drafts` are the agents that have an id, dependencies first.
+
+    `doubles` are those whose id stood before: an error, and checked like the others.
+    """
 
     top: Section
     fields: dict[str, Any]
     input_schema: str | None
     drafts: tuple[Draft, ...]
+    doubles: tuple[Draft, ...]
+    accepted: tuple[Suppression, ...]
 
     @property
     def depends_on(self) -> dict[str, tuple[str, ...]]:
@@ -107,13 +114,22 @@ def read(report: Report, file: Path, node: Node, allowed: Allowed) -> Definition
         checkpointing=_checkpointing(top),
     )
     drafts: dict[str, Draft] = {}
+    doubles = []
     for section in top.sections("agents", AGENT_FIELDS, limits.AGENTS_MAX_COUNT):
         agent = _agent(section, allowed)
         if agent and agent.id in drafts:
             section.error("id", f"the agent {agent.id!r} stands here twice.")
+            doubles.append(Draft(agent, section))
         elif agent:
             drafts[agent.id] = Draft(agent, section)
-    return Definition(top, fields, top.name("input_schema", names.SCHEMA_NAME), _ordered(drafts))
+    return Definition(
+        top,
+        fields,
+        top.name("input_schema", names.SCHEMA_NAME),
+        _ordered(drafts),
+        _doubled(doubles, drafts),
+        suppressions.read(top, drafts),
+    )
 
 
 def _tracing(top: Section) -> Tracing | None:
@@ -135,7 +151,8 @@ def _checkpointing(top: Section) -> Checkpointing | None:
     if section is None:
         return None
     if section.boolean("enabled") is False:
-        section.error("enabled", "checkpointing cannot be switched off: without checkpoints no run could be resumed.")
+        message = "checkpointing cannot be switched off: without checkpoints no run could be resumed."
+        section.error("enabled", message, "no-resume")
     given = _given(
         store=section.choice("store", names.CHECKPOINT_STORES),
         ttl_minutes=section.integer("ttl_minutes", limits.TTL_MINUTES),
@@ -199,7 +216,7 @@ def _worker(section: Section, agent_id: str, allowed: Allowed) -> dict[str, str 
 def _check_model(section: Section, model: str, aliases: Mapping[str, str]) -> None:
     if model in aliases:
         if aliases[model] != model:
-            section.warn("model", f"{model} is retired; its alias {aliases[model]} runs in its place.")
+            section.warn("model", f"{model} is retired; its alias {aliases[model]} runs in its place.", "retired-model")
     elif model not in names.MODELS:
         section.error(
             "model",
@@ -284,7 +301,8 @@ def _key(section: Section) -> dict[str, Any]:
     if parts is None:
         return {}
     if not templates.paths(parts):
-        section.warn("idempotency_key", "the key is the same for every run: a second run takes the first one's output.")
+        same = "the key is the same for every run: a second run takes the first one's output."
+        section.warn("idempotency_key", same, "key-without-run")
     return {"idempotency_key": text, "key_parts": parts}
 
 
@@ -316,14 +334,7 @@ def _key_inputs(section: Section) -> tuple[templates.Path, ...]:
 def _ordered(drafts: dict[str, Draft]) -> tuple[Draft, ...]:
     """The drafts, dependencies first, with their `inputs`; faults for dependencies that cannot be."""
     for draft in drafts.values():
-        seen = set()
-        for item, _ in dependencies.entries(draft.section):
-            if item.text in seen:
-                draft.section.error_at(item.place, f"depends_on names {item.text!r} twice.")
-            seen.add(item.text)
-            if item.text not in drafts:
-                hint = nearest(item.text, drafts)
-                draft.section.error_at(item.place, f"depends_on names {item.text!r}, which is no agent.{hint}")
+        _check_dependencies(draft, drafts)
     depends_on = {name: draft.agent.depends_on for name, draft in drafts.items()}
     order, cycles = plan.order(depends_on)
     for cycle in cycles:
@@ -335,6 +346,30 @@ def _ordered(drafts: dict[str, Draft]) -> tuple[Draft, ...]:
         if draft.agent.on_refused:
             _check_loop(draft, draft.agent.on_refused, drafts, depends_on)
     return tuple(_with_inputs(drafts[name], drafts, depends_on) for name in (*order, *on_cycles))
+
+
+def _doubled(doubles: Collection[Draft], drafts: Mapping[str, Draft]) -> tuple[Draft, ...]:
+    """Agents whose id stood before, with their `inputs`, each as if it stood in the other one's place."""
+    found = []
+    for draft in doubles:
+        _check_dependencies(draft, drafts)
+        others = {**drafts, draft.agent.id: draft}
+        depends_on = {name: other.agent.depends_on for name, other in others.items()}
+        if draft.agent.on_refused:
+            _check_loop(draft, draft.agent.on_refused, others, depends_on)
+        found.append(_with_inputs(draft, others, depends_on))
+    return tuple(found)
+
+
+def _check_dependencies(draft: Draft, drafts: Collection[str]) -> None:
+    seen = set()
+    for item, _ in dependencies.entries(draft.section):
+        if item.text in seen:
+            draft.section.error_at(item.place, f"depends_on names {item.text!r} twice.")
+        seen.add(item.text)
+        if item.text not in drafts:
+            hint = nearest(item.text, drafts)
+            draft.section.error_at(item.place, f"depends_on names {item.text!r}, which is no agent.{hint}")
 
 
 def _with_inputs(draft: Draft, drafts: Mapping[str, Draft], depends_on: plan.Dependencies) -> Draft:

@@ -12,7 +12,7 @@ def functions(text: str) -> dict[str, tuple[Place, str | None]]:
     A handler is called with one argument, its context. Of a name that is imported or assigned, nothing more is known.
     """
     found: dict[str, tuple[Place, str | None]] = {}
-    for node in _parse(text).body:
+    for node in parse(text).body:
         place = (node.lineno, node.col_offset + 1)
         match node:
             case ast.FunctionDef():
@@ -27,7 +27,8 @@ def functions(text: str) -> dict[str, tuple[Place, str | None]]:
     return found
 
 
-def _parse(text: str) -> ast.Module:
+def parse(text: str) -> ast.Module:
+    """The tree of a module. Raises Unreadable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a handler's own, such as an odd escape, are not ours to report

@@ -33,10 +33,11 @@ SUFFIXES = (".skill.yaml", ".skill.yml")
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """`pipeline` is None where a fault is an error."""
+    """`pipeline` is None where a fault is an error; `definition` is what the file alone says, as far as it is read."""
 
     pipeline: Pipeline | None
     faults: tuple[Fault, ...]
+    definition: Definition | None
 
 
 def load(path: Path, *, aliases: Mapping[str, str], handler_modules: Collection[str]) -> Pipeline:
@@ -53,7 +54,7 @@ def check(path: Path, *, aliases: Mapping[str, str], handler_modules: Collection
     file = find(path)
     read = read_definition(report, file, Allowed(aliases, handler_modules))
     pipeline = assembly.assemble(report, file, read) if read else None
-    return Checked(None if report.has_errors else pipeline, report.faults)
+    return Checked(None if report.has_errors else pipeline, report.faults, read)
 
 
 def invalid(path: Path, faults: tuple[Fault, ...]) -> InvalidFile:

@@ -65,6 +65,19 @@ class RetryPolicy:
     jitter: float = 0.2
     max_worker_losses: int = 5
 
+    def delay_ms(self, number: int) -> int:
+        """The longest delay before retry `number`, from 1."""
+        assert number >= 1
+        match self.backoff:
+            case Backoff.EXPONENTIAL:
+                # The exponent is capped: 2**63 ms is beyond any max_ms.
+                factor = 1 << min(number - 1, 62)
+            case Backoff.LINEAR:
+                factor = number
+            case Backoff.CONSTANT:
+                factor = 1
+        return min(self.initial_ms * factor, self.max_ms)
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

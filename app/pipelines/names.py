@@ -29,6 +29,27 @@ WRITTEN = {
 # The module that lies beside the skill file.
 HANDLERS_MODULE = "handlers"
 
+# The rules of the audit's checklist (audit_rules.py), as a suppression names them.
+AUDIT_RULES = (
+    "consistency-undeclared",
+    "no-failure-boundary",
+    "failure-mode-undeclared",
+    "join-without-failure-mode",
+    "not-idempotent",
+    "effect-without-check",
+    "key-without-run",
+    "key-not-stable",
+    "no-trace",
+    "no-resume",
+    "no-dead-letter",
+    "retries-beyond-deadline",
+    "approval-without-expiry",
+    "schema-lacks-field",
+    "unbounded-output",
+    "untrusted-output",
+    "retired-model",
+)
+
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 TRACING_PROVIDERS = ("logs", "langfuse", "langsmith", "otlp")
 CHECKPOINT_STORES = ("postgres", "redis")

@@ -25,11 +25,11 @@ class Report:
     def __init__(self) -> None:
         self._faults: set[Fault] = set()
 
-    def error(self, file: Path, place: Place, message: str) -> None:
-        self._add(file, place, message, "error")
+    def error(self, file: Path, place: Place, message: str, rule: str = "") -> None:
+        self._add(file, place, message, "error", rule)
 
-    def warn(self, file: Path, place: Place, message: str) -> None:
-        self._add(file, place, message, "warning")
+    def warn(self, file: Path, place: Place, message: str, rule: str = "") -> None:
+        self._add(file, place, message, "warning", rule)
 
     @property
     def faults(self) -> tuple[Fault, ...]:
@@ -40,10 +40,10 @@ class Report:
     def has_errors(self) -> bool:
         return any(fault.severity == "error" for fault in self._faults)
 
-    def _add(self, file: Path, place: Place, message: str, severity: Literal["error", "warning"]) -> None:
+    def _add(self, file: Path, place: Place, message: str, severity: Literal["error", "warning"], rule: str) -> None:
         # Past the limit a further fault helps nobody, and the file is refused already.
         if len(self._faults) < FAULTS_MAX_COUNT or (severity == "error" and not self.has_errors):
-            self._faults.add(Fault(str(file), *place, message, severity))
+            self._faults.add(Fault(str(file), *place, message, severity, rule))
 
 
 def place_of(text: str, offset: int) -> Place:

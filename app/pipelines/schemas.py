@@ -112,6 +112,18 @@ def find(schema: Json, path: Sequence[str]) -> Found:
     return Found(there=True, always=always)
 
 
+def unbounded(schema: Json) -> tuple[str, ...]:
+    """The texts and lists, by their path, to whose length a schema sets no limit."""
+    limits = {"string": ("maxLength", "enum", "const", "format"), "array": ("maxItems", "enum", "const")}
+    found = []
+    for pointer, part in _parts(schema):
+        known = limits.get(str(part.get("type")), ())
+        if known and not any(keyword in part for keyword in known):
+            names = [str(name) for name in pointer if name not in _MAPS and not isinstance(name, int)]
+            found.append(".".join(name for name in names if name not in (*_SINGLES, *_LISTS)) or "it")
+    return tuple(dict.fromkeys(found))
+
+
 def _fields(part: object, root: Json, seen: set[int]) -> dict[str, tuple[object, bool]]:
     """Field name -> its schema, and whether it must be present. References and alternatives are followed, each once."""
     if not isinstance(part, dict) or id(part) in seen:

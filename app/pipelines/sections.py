@@ -33,20 +33,29 @@ class Section:
     def __contains__(self, key: str) -> bool:
         return key in self._node.entries
 
+    @property
+    def begins(self) -> Place:
+        return self._node.place
+
     def place(self, key: str) -> Place:
         """Where a field's value stands; where the map begins, if it has no such field."""
         return self._node.entries[key][1].place if key in self else self._node.place
+
+    def nodes(self, key: str) -> tuple[Node, ...]:
+        """The entries of a field's list as they stand, unchecked; none where it is no list."""
+        node = self._node.entries[key][1] if key in self else None
+        return node.items if isinstance(node, Sequence) else ()
 
     def place_in(self, key: str, offset: int) -> Place:
         """Where a character of a field's text stands; where the map begins, if it has no such field."""
         node = self._node.entries[key][1] if key in self else self._node
         return node.at(offset) if isinstance(node, Scalar) else node.place
 
-    def error(self, key: str, message: str) -> None:
-        self._report.error(self._file, self.place(key), message)
+    def error(self, key: str, message: str, rule: str = "") -> None:
+        self._report.error(self._file, self.place(key), message, rule)
 
-    def warn(self, key: str, message: str) -> None:
-        self._report.warn(self._file, self.place(key), message)
+    def warn(self, key: str, message: str, rule: str = "") -> None:
+        self._report.warn(self._file, self.place(key), message, rule)
 
     def error_at(self, place: Place, message: str) -> None:
         self._report.error(self._file, place, message)

@@ -15,6 +15,7 @@ agents:
     retry_policy:
       max_attempts: 3
       backoff: exponential
+    failure_mode: halt_pipeline  # what follows when it fails; or skip_dependents, or continue
     output_schema: draft
 
   # Runs only where the writer was sure enough. A refused gate ends the run, and `stepfast show` says what it saw.
@@ -23,6 +24,7 @@ agents:
     depends_on: [writer]
     timeout_ms: 60000
     gate: "{{writer.confidence}} >= 0.5"
+    failure_mode: halt_pipeline
     output_schema: verdict
 
   # No model: the function of this name in handlers.py.
@@ -30,6 +32,9 @@ agents:
     depends_on: [checker]
     gate: "{{checker.approved}} == true"
     idempotent: true  # calling it twice does no harm
+
+tracing:
+  enabled: true
 """
 
 _WRITER = """\

@@ -88,7 +88,8 @@ _FACTS = text("""
                     'code', a.error->>'code', 'paid', a.usage is not null, 'is_hashed', a.output is null or
                     a.output_hash = encode(sha256(convert_to(a.output::text, 'UTF8')), 'hex'),
                     'record', (select to_jsonb(k) || jsonb_build_object(
-                                    'owner_state', o.state, 'output_hash', o.output_hash, 'owner_key', o.key,
+                                    'owner_state', o.state, 'owner_key', o.key,
+                                    'output_hash', coalesce(o.output_hash, k.output_hash),
                                     'waits_for_a_person', exists (
                                         select from stepfast.steps t where t.run_id = k.run_id and t.agent = k.agent
                                         and t.attempt_id = k.attempt_id and t.state = 'discarded'))

@@ -153,6 +153,17 @@ keys = _table(
     _uuid("attempt_id"),
     _time("reserved_at"),
     _time("ended_at", null=True),
+    _json("output", null=True),
+    _text("output_hash", null=True),
+)
+spent_keys = _table(
+    "spent_keys",
+    _text("tenant", key=True),
+    _text("pipeline", key=True),
+    _text("key", key=True),
+    _uuid("run_id"),
+    _text("input_hash"),
+    _time("pruned_at"),
 )
 effects = _table(
     "effects",

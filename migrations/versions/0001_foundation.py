@@ -13,7 +13,7 @@ SQL = Path(__file__).parent.parent / "sql" / "0001"
 # In the order in which they need each other.
 FILES = (
     *("tables", "core", "consistency", "settle", "enqueue", "claim", "complete", "fail"),
-    *("effects", "approve", "operate", "requests", "sweep", "traces", "metrics", "views", "rights", "limits"),
+    *("effects", "approve", "operate", "requests", "sweep", "traces", "metrics", "prune", "views", "rights", "limits"),
 )
 
 

@@ -99,8 +99,7 @@ begin
             when stepfast.refused_reads(v_stale) then jsonb_build_object('outcome', 'too_old', 'problem',
                 'what it reads is too old', 'stale', v_stale)
             when v_mine is null then jsonb_build_object('outcome', 'bad_key', 'problem', 'the idempotency key was refused')
-            when k.attempt_id <> p_attempt then jsonb_build_object('outcome', 'reuse', 'reused_from', k.attempt_id, 'output',
-                (select output from stepfast.attempts where run_id = k.run_id and id = k.attempt_id))
+            when k.attempt_id <> p_attempt then jsonb_build_object('outcome', 'reuse', 'reused_from', k.attempt_id, 'output', stepfast.key_output(k))
             else '{}' end;
     end if;
 
@@ -163,8 +162,7 @@ begin
                            k.run_id, k.inputs_hash, v_hash));
                 v_key := null;
             else
-                v_answer := v_answer || jsonb_build_object('outcome', 'reuse', 'reused_from', k.attempt_id, 'output',
-                    (select output from stepfast.attempts where run_id = k.run_id and id = k.attempt_id));
+                v_answer := v_answer || jsonb_build_object('outcome', 'reuse', 'reused_from', k.attempt_id, 'output', stepfast.key_output(k));
             end if;
         end if;
     end if;

@@ -59,7 +59,7 @@ create index runs_concurrency on stepfast.runs (tenant, pipeline, concurrency_ke
 create index runs_deadline on stepfast.runs (deadline_at)
     where deadline_at is not null and state in ('pending', 'running', 'suspended');
 create index runs_created on stepfast.runs (created_at desc);
-create index runs_ended on stepfast.runs (ended_at) where ended_at is not null;
+create index runs_ended on stepfast.runs (ended_at, id) where ended_at is not null; -- in the order of pruning
 create index runs_unfinished on stepfast.runs (state, created_at)
     where state in ('pending', 'running', 'suspended', 'failed') or partial;
 
@@ -154,8 +154,12 @@ create table stepfast.keys (
     attempt_id uuid not null,
     reserved_at timestamptz not null,
     ended_at timestamptz,
+    output jsonb,                       -- the attempt's, once its run was pruned
+    output_hash text,
     primary key (tenant, pipeline, agent, key, generation),
-    check ((state = 'reserved') = (ended_at is null))
+    check ((state = 'reserved') = (ended_at is null)),
+    check (output is null or state = 'completed'),
+    check ((output is null) = (output_hash is null))
 ) with (fillfactor = 70);
 
 -- What handlers did by ctx.once: begun before the effect, happened after it. Begun and never ended: look outside first.
@@ -196,6 +200,7 @@ create table stepfast.approvals (
     check ((state = 'void') = (void_reason is not null))
 );
 create unique index approvals_open on stepfast.approvals (run_id, agent, item) where state in ('requested', 'approved');
+create index approvals_run on stepfast.approvals (run_id);
 create index approvals_expiring on stepfast.approvals (expires_at) where state = 'requested' and expires_at is not null;
 
 create table stepfast.dead_letters (
@@ -216,6 +221,7 @@ create table stepfast.dead_letters (
     check ((resolved_at is null) = (resolution is null))
 );
 create unique index dead_letters_open on stepfast.dead_letters (run_id, agent, item) where resolved_at is null;
+create index dead_letters_run on stepfast.dead_letters (run_id);
 create index dead_letters_unpublished on stepfast.dead_letters (created_at) where published_at is null;
 create index dead_letters_created on stepfast.dead_letters (created_at desc);
 
