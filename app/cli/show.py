@@ -7,6 +7,7 @@ import click
 
 from app.cli import embedding, output, system
 from app.cli.embedding import Embedding
+from app.errors import Misuse
 from app.redaction import redact
 from app.runs.explain import explain
 from app.runs.states import RunState
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run")
 @click.option("--follow", is_flag=True, help="Follow the run to its end; exit 1 if it fails.")
+@click.option("--timeline", is_flag=True, help="Draw when each attempt began and ended, and what was waited for.")
 @embedding.option
-@click.option("--json", "as_json", is_flag=True, help="Print the run with its steps, their attempts and outputs.")
-def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print the run with its attempts and outputs; or the timeline.")
+def command(run: str, follow: bool, timeline: bool, embedded: bool, as_json: bool) -> int:
     """Show a run: its steps, what they cost, and what went wrong. RUN is the beginning of its id, or `last`."""
+    if follow and timeline:
+        raise Misuse("--follow and --timeline show a run in two ways.", next_step="Use one of them.")
     worker = system.database(embedded=embedded)
     from app.runs.reads import Reads
 
@@ -36,6 +40,17 @@ def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
 
         fields: Json | None = {} if as_json else None
         return watch.finish(worker, run_id, follow=True, fields=fields, embedding=Embedding() if embedded else None)
+    here = Embedding() if embedded else None
+    if timeline:
+        from app.cli import timeline as waterfall
+
+        drawn = waterfall.document(worker, run_id)
+        if as_json:
+            output.print_json(drawn)
+        else:
+            waterfall.show(drawn)
+            print_ending(reads.run(run_id), reads, here)
+        return 0
     if as_json:
         from app import operations
 
@@ -55,7 +70,7 @@ def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
     )
     print()
     output.console().print(steps_table(found))
-    print_ending(found, reads, Embedding() if embedded else None)
+    print_ending(found, reads, here)
     return 0
 
 

@@ -178,7 +178,8 @@ def replay(facts: Facts) -> "Iterator[tuple[Json, dict[str, Told], str]]":
                 told[agent].state = "waiting" if told[agent].state in {"discarded", "cancelled"} else told[agent].state
         elif step:
             step.state = _STATE_AFTER.get(name, step.state)
-            step.generation = event["generation"]
+            # What a fence refused may come when the step is in a later one.
+            step.generation = step.generation if name == "step.fenced" else event["generation"]
             if name == "step.approved":
                 step.approved.add(event["generation"])
             if name in {"step.claimed", "step.overridden"}:
