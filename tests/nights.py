@@ -12,6 +12,8 @@ from uuid import UUID
 from conftest import System, eventually
 
 from app import operations
+from app.execution import worker
+from app.execution.worker import Worker
 from app.runs.reads import Reads
 from app.simulator.script import parse
 from app.simulator.server import Simulator
@@ -79,9 +81,13 @@ class Night:
     """Servers, the skill `night` in its folder, and the simulator that its workers ask."""
 
     system: System
-    here: object
     simulator: Simulator
     folder: Path
+
+    @property
+    def here(self) -> Worker:
+        """The test's process as a client: a command that ran in it has closed the one before."""
+        return worker.current()
 
     def answers(self, *rules: dict) -> None:
         self.simulator.use(parse({"rules": list(rules)}))
@@ -98,13 +104,13 @@ class Night:
         Returns it, and the pid of the killed process.
         """
         self.answers(researched(times=1, invalid_json=True), researched(), coded(times=1, delay_ms=60_000), coded())
-        worker = self.system.start_worker()
+        killed = self.system.start_worker()
         run_id = self.start()
         self.until(run_id, "coder", "executing")
         eventually(lambda: len(self.simulator.requests) == 3, what="the coder's call")
         dead = Reads(self.here.store.engine).executing_pid(run_id, "coder")
         self.system.start_worker()
-        os.killpg(worker.pid, signal.SIGKILL)
+        os.killpg(killed.pid, signal.SIGKILL)
         self.until(run_id, "deployer", "suspended")
         return run_id, dead
 
@@ -116,4 +122,4 @@ def night(system: System, monkeypatch, write_skill) -> Iterator[Night]:
         system.environ["ANTHROPIC_BASE_URL"] = simulator.url
         with system.here(monkeypatch) as here:
             system.publish(here, folder)
-            yield Night(system, here, simulator, folder)
+            yield Night(system, simulator, folder)

@@ -23,13 +23,20 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run")
 @click.option("--follow", is_flag=True, help="Follow the run to its end; exit 1 if it fails.")
+@click.option("--agent", metavar="AGENT", help="Show what AGENT was given, what it gave, and what was approved of it.")
+@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="With --agent: its Nth attempt.")
 @click.option("--timeline", is_flag=True, help="Draw when each attempt began and ended, and what was waited for.")
 @embedding.option
-@click.option("--json", "as_json", is_flag=True, help="Print the run with its attempts and outputs; or the timeline.")
-def command(run: str, follow: bool, timeline: bool, embedded: bool, as_json: bool) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON: the run with its attempts and outputs.")
+def command(
+    run: str, follow: bool, agent: str | None, attempt: int | None, timeline: bool, embedded: bool, as_json: bool
+) -> int:
     """Show a run: its steps, what they cost, and what went wrong. RUN is the beginning of its id, or `last`."""
-    if follow and timeline:
-        raise Misuse("--follow and --timeline show a run in two ways.", next_step="Use one of them.")
+    if follow + timeline + bool(agent) > 1 or (attempt and not agent):
+        raise Misuse(
+            "--follow, --timeline and --agent each show a run in another way; --attempt belongs to --agent.",
+            next_step="See: stepfast show --help",
+        )
     worker = system.database(embedded=embedded)
     from app.runs.reads import Reads
 
@@ -41,21 +48,37 @@ def command(run: str, follow: bool, timeline: bool, embedded: bool, as_json: boo
         fields: Json | None = {} if as_json else None
         return watch.finish(worker, run_id, follow=True, fields=fields, embedding=Embedding() if embedded else None)
     here = Embedding() if embedded else None
+    if not (as_json or agent or timeline):
+        _show(reads, run_id, here)
+        return 0
+    document = _document(worker, run_id, agent, attempt, timeline=timeline)
+    if as_json:
+        output.print_json(document)
+    elif agent:
+        from app.cli import saw
+
+        saw.show(document)
+    else:
+        from app.cli import timeline as waterfall
+
+        waterfall.show(document)
+        print_ending(reads.run(run_id), reads, here)
+    return 0
+
+
+def _document(worker: "Worker", run_id: UUID, agent: str | None, attempt: int | None, *, timeline: bool) -> "Json":
+    from app import operations
+
+    if agent:
+        return operations.saw(worker, run_id, agent, attempt)
     if timeline:
         from app.cli import timeline as waterfall
 
-        drawn = waterfall.document(worker, run_id)
-        if as_json:
-            output.print_json(drawn)
-        else:
-            waterfall.show(drawn)
-            print_ending(reads.run(run_id), reads, here)
-        return 0
-    if as_json:
-        from app import operations
+        return waterfall.document(worker, run_id)
+    return operations.document(worker, run_id)
 
-        output.print_json(operations.document(worker, run_id))
-        return 0
+
+def _show(reads: "Reads", run_id: UUID, here: Embedding | None) -> None:
     found = reads.run(run_id)
     output.print_fields(
         {
@@ -71,7 +94,6 @@ def command(run: str, follow: bool, timeline: bool, embedded: bool, as_json: boo
     print()
     output.console().print(steps_table(found))
     print_ending(found, reads, here)
-    return 0
 
 
 def _asked_for(run: "Json") -> dict[str, str]:

@@ -227,9 +227,9 @@ class Waterfall:
         from rich.text import Text
 
         attempt = next((segment for segment in row if segment["kind"] == "attempt"), None)
-        state = attempt["state"] if attempt else ""
+        style = _STYLES[attempt["state"]] if attempt else "dim"
         line = Text().append(f"{name:<{self._agent_chars}} ", style="bold")
-        line.append(f"{_outcome(attempt, step):<{OUTCOME_CHARS}} ", style=_STYLES.get(state, "dim"))
+        line.append(f"{_outcome(attempt, step):<{OUTCOME_CHARS}} ", style=style)
         line.append(self._glyphs.edge, style="dim")
         line.append_text(self._bar(row))
         line.append(self._glyphs.edge, style="dim")
