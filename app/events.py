@@ -37,6 +37,7 @@ class Event(StrEnum):
     STEP_OVERRIDDEN = "step.overridden"
     STEP_SETTLED = "step.settled"
     STEP_CANCELLED = "step.cancelled"
+    STEP_FENCED = "step.fenced"  # an attempt that had lost its step came with what it had done, and was refused
     STEP_DISMISSED = "step.dismissed"  # a person discarded its dead letter
 
     # Only logged.

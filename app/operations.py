@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from app import events
 from app.agents.outputs import check_output
 from app.crashpoints import CrashPoint, reach
-from app.errors import AgentError, NotPossible, UnknownName
+from app.errors import AgentError, AuthorMistake, NotPossible, UnknownName
 from app.events import Event
 from app.execution import canvas
 from app.pipelines.feedback import redacted_feedback
 from app.pipelines.report import nearest
 from app.pipelines.run_input import check_input
 from app.redaction import REDACTED, redact
+from app.runs import given
 from app.runs.orders import Orders
 from app.runs.reads import Reads
 from app.runs.resume_plan import resume_plan
@@ -20,8 +22,6 @@ from app.runs.states import StepState
 from app.words import moment, short
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from app.execution.worker import Worker
     from app.pipelines.model import Agent, Json, Pipeline
     from app.settings import Settings
@@ -33,7 +33,7 @@ _STEPS_AT_ONCE_MAX = 1_000
 class Started:
     """`created` is False where the key had started this run before."""
 
-    run_id: "UUID"
+    run_id: UUID
     created: bool
 
 
@@ -79,7 +79,7 @@ def start(
     return Started(run_id, created)
 
 
-def resume(worker: "Worker", run_id: "UUID", by: str, *, from_agent: str | None = None) -> tuple[str, ...]:
+def resume(worker: "Worker", run_id: UUID, by: str, *, from_agent: str | None = None) -> tuple[str, ...]:
     """Continues a failed, cancelled or partial run from its last checkpoint; or, from an agent, in a new generation.
 
     Returns the agents that run again. Raises NotPossible, UnknownName.
@@ -95,7 +95,7 @@ def resume(worker: "Worker", run_id: "UUID", by: str, *, from_agent: str | None 
     return agents
 
 
-def plan_resume(worker: "Worker", run_id: "UUID", by: str, *, from_agent: str | None = None) -> "Json":
+def plan_resume(worker: "Worker", run_id: UUID, by: str, *, from_agent: str | None = None) -> "Json":
     """What `resume` would do, and what it would cost: see `resume_plan`. Raises what `resume` would."""
     reads = Reads(worker.store.engine)
     found = reads.run(run_id)
@@ -130,7 +130,7 @@ def _code_here(pipeline: "Pipeline", settings: "Settings") -> dict[str, str | No
 
 
 def override(
-    worker: "Worker", run_id: "UUID", agent_id: str, output: "Json", *, by: str, reason: str | None = None
+    worker: "Worker", run_id: UUID, agent_id: str, output: "Json", *, by: str, reason: str | None = None
 ) -> tuple[str, ...]:
     """Gives an agent an output by a person's hand. Returns the agents that are done again on it.
 
@@ -144,7 +144,7 @@ def override(
     return agents
 
 
-def cancel(worker: "Worker", run_id: "UUID", *, by: str, reason: str | None = None) -> None:
+def cancel(worker: "Worker", run_id: UUID, *, by: str, reason: str | None = None) -> None:
     """Ends a run that has not ended; what executes is fenced. Raises NotPossible."""
     Orders(worker.store.engine).cancel(run_id, by, reason)
     events.emit(Event.RUN_CANCELLED, run_id=str(run_id), by=by, reason=reason)
@@ -152,7 +152,7 @@ def cancel(worker: "Worker", run_id: "UUID", *, by: str, reason: str | None = No
 
 def decide(
     worker: "Worker",
-    run_id: "UUID",
+    run_id: UUID,
     agent_id: str,
     *,
     approved: bool,
@@ -174,7 +174,7 @@ def decide(
     return decision
 
 
-def discard_letter(worker: "Worker", letter_id: "UUID", *, by: str) -> None:
+def discard_letter(worker: "Worker", letter_id: UUID, *, by: str) -> None:
     """Closes a dead letter without doing its step again. Raises UnknownName; NotPossible where it is closed already."""
     entry = Reads(worker.store.engine).dead_letter(letter_id)
     if not Orders(worker.store.engine).discard_letter(letter_id, by):
@@ -184,7 +184,7 @@ def discard_letter(worker: "Worker", letter_id: "UUID", *, by: str) -> None:
         )
 
 
-def document(worker: "Worker", run_id: "UUID") -> "Json":
+def document(worker: "Worker", run_id: UUID) -> "Json":
     """A run with its steps, attempts and outputs, as `Reads.run`; what its schemas call sensitive is hidden."""
     run = Reads(worker.store.engine).run(run_id)
     pipeline = worker.definition(run["pipeline_hash"])
@@ -201,7 +201,73 @@ def document(worker: "Worker", run_id: "UUID") -> "Json":
     return run
 
 
-def waiting(worker: "Worker", run_id: "UUID", agent: str) -> "tuple[Json, Pipeline, Json]":
+def saw(worker: "Worker", run_id: UUID, agent_id: str, number: int | None = None) -> "Json":
+    """What an attempt at an agent was given and what it gave, redacted; without a number that of the one that counts.
+
+    Keys: run_id, pipeline, version, agent, state, attempts (how many there are), attempt (its row, with output and
+    error), input, outputs (by agent), feedback, gate (see `gate_seen`), asked ({system, user}: what a model was sent;
+    null for a handler) and approvals (of the agent, oldest first). Raises UnknownName; NotPossible without an attempt.
+    """
+    run = document(worker, run_id)
+    pipeline = worker.definition(run["pipeline_hash"])
+    agent = known_agent(pipeline, agent_id)
+    step = next(step for step in run["steps"] if step["agent"] == agent_id)
+    tries = given.tries_by_id(run)
+    if not step["tries"]:
+        raise NotPossible(
+            f"{agent_id} was given nothing yet: it is {step['state']}.",
+            next_step=f"See: stepfast show {short(run['id'])}",
+        )
+    entry = tries.get(step["attempt_id"], step["tries"][-1])
+    if number is not None:
+        found = [other for other in step["tries"] if other["number"] == number]
+        if not found:
+            raise UnknownName(f"{agent_id} has no attempt {number}.", next_step=f"It has 1 to {len(step['tries'])}.")
+        entry = found[0]
+    feedback = given.feedback_given(entry, pipeline, Reads(worker.store.engine).event_list(run_id), tries)
+    outputs = given.outputs_read(entry, tries)
+    return {
+        **{name: run[name] for name in ("pipeline", "version", "input")},
+        "run_id": run["id"],
+        "agent": agent_id,
+        "state": step["state"],
+        "attempts": len(step["tries"]),
+        "attempt": entry,
+        "outputs": outputs,
+        "feedback": feedback,
+        "gate": given.gate_seen(entry, agent, run, tries),
+        "asked": _asked(run, agent, entry, outputs, feedback),
+        "approvals": [approval for approval in run["approvals"] if approval["agent"] == agent_id],
+    }
+
+
+def _asked(run: "Json", agent: "Agent", entry: "Json", outputs: "Json", feedback: "Json | None") -> "Json | None":
+    """The message that a model was sent, made again of redacted values; None where none could be made."""
+    from app.agents import requests
+    from app.agents.work import Work
+    from app.clock import Deadline
+
+    if agent.prompt is None or entry["decided_by"] or entry["reused_from"]:
+        return None
+    work = Work(
+        run_id=UUID(run["id"]),
+        attempt_id=UUID(entry["id"]),
+        pipeline=run["pipeline"],
+        agent=agent,
+        generation=entry["generation"],
+        number=entry["number"],
+        input=run["input"],
+        outputs=outputs,
+        deadline=Deadline.after_ms(agent.timeout_ms),
+        feedback=feedback,
+    )
+    try:
+        return {"system": requests.system_text(agent.prompt), "user": requests.user_text(work)}
+    except AuthorMistake:
+        return None
+
+
+def waiting(worker: "Worker", run_id: UUID, agent: str) -> "tuple[Json, Pipeline, Json]":
     """A run, its definition, and the open request of an agent. Raises UnknownName; NotPossible where none is open."""
     found = Reads(worker.store.engine).run(run_id)
     pipeline = worker.definition(found["pipeline_hash"])
@@ -233,10 +299,10 @@ def known_agent(pipeline: "Pipeline", agent_id: str) -> "Agent":
     return pipeline.by_id[agent_id]
 
 
-def _known_agent(worker: "Worker", run_id: "UUID", agent_id: str) -> "Agent":
+def _known_agent(worker: "Worker", run_id: UUID, agent_id: str) -> "Agent":
     return known_agent(worker.definition(Reads(worker.store.engine).pipeline_hash(run_id)), agent_id)
 
 
-def dispatch(worker: "Worker", run_id: "UUID") -> None:
+def dispatch(worker: "Worker", run_id: UUID) -> None:
     """Sends what comes next in the queues that a run's steps wait for: these steps, if nothing is before them."""
     canvas.send_unsent(worker.store.take_unsent(run_id, _STEPS_AT_ONCE_MAX), worker.definition)

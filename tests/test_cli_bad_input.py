@@ -17,7 +17,13 @@ NOWHERE_BROKER = "redis://127.0.0.1:1/0"
 OUTPUT = str(Path(__file__).parent / "data/output.json")
 DATABASE_COMMANDS = (
     *(["runs"], ["show", "last"], ["explain", "last"], ["cancel", "last"], ["dead"], ["dead", "list"]),
-    *(["resume", "last", "--plan"], ["resume", "--failed", "--plan"], ["migrate"]),
+    *(
+        ["resume", "last", "--plan"],
+        ["resume", "--failed", "--plan"],
+        ["diff", "last", "last"],
+        ["report"],
+        ["migrate"],
+    ),
 )
 SENDING_COMMANDS = (
     *(["run", "tested"], ["resume", "last"], ["resume", "--failed"], ["approve", "last", "a"]),

@@ -10,7 +10,7 @@ from typing import Any
 from app.agents.work import Work
 from app.errors import AuthorMistake
 from app.pipelines import templates
-from app.pipelines.model import Json, canonical_json, hash_json
+from app.pipelines.model import Json, Prompt, canonical_json, hash_json
 from app.pipelines.names import RUN_NAMES
 from app.settings import Settings
 
@@ -35,8 +35,8 @@ def build(work: Work, settings: Settings) -> dict[str, Any]:
     request: dict[str, Any] = {
         "model": settings.model_aliases.get(agent.model, agent.model),
         "max_tokens": agent.max_tokens,
-        "system": f"{agent.prompt.system}\n\n{DATA_RULE}",
-        "messages": [{"role": "user", "content": _user_text(work)}],
+        "system": system_text(agent.prompt),
+        "messages": [{"role": "user", "content": user_text(work)}],
     }
     output: dict[str, Any] = {"effort": agent.effort} if agent.effort else {}
     if agent.schema is not None:
@@ -46,7 +46,13 @@ def build(work: Work, settings: Settings) -> dict[str, Any]:
     return request
 
 
-def _user_text(work: Work) -> str:
+def system_text(prompt: Prompt) -> str:
+    """The system prompt: the agent's own, and what keeps data from being obeyed."""
+    return f"{prompt.system}\n\n{DATA_RULE}"
+
+
+def user_text(work: Work) -> str:
+    """The user's message. Raises AuthorMistake."""
     prompt = work.agent.prompt
     assert prompt is not None
     tag = f"data-{hash_json([work.input, work.outputs, work.feedback])[:_CODE_CHARS]}"

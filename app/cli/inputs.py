@@ -1,9 +1,13 @@
-"""`--input`: from what is typed to a run's input."""
+"""What is typed, as values: a run's `--input` and labels, and `--since`."""
 
 import json
+import re
 from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from app.errors import Misuse
 from app.pipelines import files
@@ -17,6 +21,9 @@ HELP = (
     "K=V gives one field: V is taken as JSON where it is JSON, otherwise as text. "
     "K=@FILE gives a file's text, which is UTF-8. @FILE gives all fields of a JSON object. Repeatable."
 )
+
+_AGO = re.compile(r"(\d{1,6})([smhd])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 def parse(given: Iterable[str], max_bytes: int) -> "Json":
@@ -82,3 +89,18 @@ def _value(text: str) -> object:
 
 def _not_json(name: str) -> object:
     raise ValueError(name)
+
+
+def since(_ctx: click.Context, _param: click.Parameter, text: str | None) -> datetime | timedelta | None:
+    """An age, or a time, which is in UTC unless it says otherwise."""
+    if text is None:
+        return None
+    if found := _AGO.fullmatch(text.strip()):
+        return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    try:
+        at = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is no age such as 2h or 3d, and no time such as 2026-01-31T06:00."
+        ) from None
+    return at if at.tzinfo else at.replace(tzinfo=UTC)

@@ -37,6 +37,8 @@ COMMANDS = {
     "runs": Entry("app.cli.runs", "List runs, newest first."),
     "show": Entry("app.cli.show", "Show a run: its steps, what they cost, and what went wrong."),
     "explain": Entry("app.cli.explain", "Say in a paragraph what happened to a run, why, and what to type next."),
+    "diff": Entry("app.cli.diff", "Say what differs between two runs, agent by agent."),
+    "report": Entry("app.cli.report", "Say what happened in a while: recoveries, refusals, waste, costs, slow agents."),
     "approve": Entry("app.cli.approve", "Show what an agent is about to do, and let it."),
     "reject": Entry("app.cli.reject", "Refuse what an agent is about to do."),
     "resume": Entry("app.cli.resume", "Continue a failed run from its last checkpoint, or all failed runs."),

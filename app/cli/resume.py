@@ -1,37 +1,18 @@
 """`stepfast resume`."""
 
-import re
 from contextlib import nullcontext
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from app.cli import bulk, embedding, output, plan, system, watch
+from app.cli import bulk, embedding, inputs, output, plan, system, watch
 from app.errors import Misuse
 
 if TYPE_CHECKING:
     from app.cli.embedding import Embedding
     from app.pipelines.model import Json
-
-_AGO = re.compile(r"(\d{1,6})([smhd])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-
-
-def _since(_ctx: click.Context, _param: click.Parameter, text: str | None) -> datetime | timedelta | None:
-    """An age, or a time, which is in UTC unless it says otherwise."""
-    if text is None:
-        return None
-    if found := _AGO.fullmatch(text.strip()):
-        return timedelta(**{_UNITS[found[2]]: int(found[1])})
-    try:
-        at = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise click.BadParameter(
-            f"{text!r} is no age such as 2h or 3d, and no time such as 2026-01-31T06:00."
-        ) from None
-    return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 @click.command()
@@ -41,7 +22,7 @@ def _since(_ctx: click.Context, _param: click.Parameter, text: str | None) -> da
 @click.option("--failed", is_flag=True, help="All failed runs that a resume can mend, instead of one RUN.")
 @click.option("--pipeline", metavar="NAME", help="With --failed: only runs of this pipeline.")
 @click.option(
-    "--since", metavar="T", callback=_since, help="With --failed: only what failed since 2h, 3d or an ISO time."
+    "--since", metavar="T", callback=inputs.since, help="With --failed: only what failed since 2h, 3d or an ISO time."
 )
 @click.option("--yes", is_flag=True, help="With --failed: do not ask.")
 @click.option("--watch", "follow", is_flag=True, help="Follow the run to its end; exit 1 if it fails again.")

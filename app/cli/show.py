@@ -7,6 +7,7 @@ import click
 
 from app.cli import embedding, output, system
 from app.cli.embedding import Embedding
+from app.errors import Misuse
 from app.redaction import redact
 from app.runs.explain import explain, stale_reads
 from app.runs.states import RunState
@@ -22,10 +23,20 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run")
 @click.option("--follow", is_flag=True, help="Follow the run to its end; exit 1 if it fails.")
+@click.option("--agent", metavar="AGENT", help="Show what AGENT was given, what it gave, and what was approved of it.")
+@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="With --agent: its Nth attempt.")
+@click.option("--timeline", is_flag=True, help="Draw when each attempt began and ended, and what was waited for.")
 @embedding.option
-@click.option("--json", "as_json", is_flag=True, help="Print the run with its steps, their attempts and outputs.")
-def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON: the run with its attempts and outputs.")
+def command(
+    run: str, follow: bool, agent: str | None, attempt: int | None, timeline: bool, embedded: bool, as_json: bool
+) -> int:
     """Show a run: its steps, what they cost, and what went wrong. RUN is the beginning of its id, or `last`."""
+    if follow + timeline + bool(agent) > 1 or (attempt and not agent):
+        raise Misuse(
+            "--follow, --timeline and --agent each show a run in another way; --attempt belongs to --agent.",
+            next_step="See: stepfast show --help",
+        )
     worker = system.database(embedded=embedded)
     from app.runs.reads import Reads
 
@@ -36,11 +47,38 @@ def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
 
         fields: Json | None = {} if as_json else None
         return watch.finish(worker, run_id, follow=True, fields=fields, embedding=Embedding() if embedded else None)
-    if as_json:
-        from app import operations
-
-        output.print_json(operations.document(worker, run_id))
+    here = Embedding() if embedded else None
+    if not (as_json or agent or timeline):
+        _show(reads, run_id, here)
         return 0
+    document = _document(worker, run_id, agent, attempt, timeline=timeline)
+    if as_json:
+        output.print_json(document)
+    elif agent:
+        from app.cli import saw
+
+        saw.show(document)
+    else:
+        from app.cli import timeline as waterfall
+
+        waterfall.show(document)
+        print_ending(reads.run(run_id), reads, here)
+    return 0
+
+
+def _document(worker: "Worker", run_id: UUID, agent: str | None, attempt: int | None, *, timeline: bool) -> "Json":
+    from app import operations
+
+    if agent:
+        return operations.saw(worker, run_id, agent, attempt)
+    if timeline:
+        from app.cli import timeline as waterfall
+
+        return waterfall.document(worker, run_id)
+    return operations.document(worker, run_id)
+
+
+def _show(reads: "Reads", run_id: UUID, here: Embedding | None) -> None:
     found = reads.run(run_id)
     output.print_fields(
         {
@@ -55,8 +93,7 @@ def command(run: str, follow: bool, embedded: bool, as_json: bool) -> int:
     )
     print()
     output.console().print(steps_table(found))
-    print_ending(found, reads, Embedding() if embedded else None)
-    return 0
+    print_ending(found, reads, here)
 
 
 def _asked_for(run: "Json") -> dict[str, str]:

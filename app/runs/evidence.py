@@ -49,7 +49,8 @@ class Told:
     def tell(self, event: "Json") -> None:
         name = event["name"]
         self.state = _STATE_AFTER.get(name, self.state)
-        self.generation = event["generation"]
+        if name != "step.fenced":  # which may come when the step is in a later one
+            self.generation = event["generation"]
         if name == "step.approved":
             self.approved.add(event["generation"])
         if name in STARTS:

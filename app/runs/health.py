@@ -69,6 +69,39 @@ _STUCK = text("""
     *(bindparam(name, type_=Integer()) for name in ("grace", "message", "limit")),
     bindparam("busy", type_=ARRAY(Text())),
 )
+# Unfinished runs of which nothing executes and no retry is due later, in which nothing happened for so long but that a
+# step was put off again; and not those that wait in a backlog: a worker executes steps of the queue that they wait in.
+_STILL = text("""
+    with clock as (select stepfast.now() as now),
+    unfinished as materialized (
+        select id, pipeline, state, created_at, event_seq from stepfast.runs r
+        where state in ('pending', 'running', 'suspended') and (:pipeline is null or pipeline = :pipeline)
+        order by created_at limit :considered),
+    served as materialized (
+        select distinct s.queue
+        from stepfast.attempts a join stepfast.workers w on w.id = a.worker_id
+        join stepfast.steps s on s.run_id = a.run_id and s.agent = a.agent and s.item = a.item, clock
+        where a.state = 'executing' and w.ended_at is null and w.lease_until > clock.now)
+    select u.id as run_id, u.pipeline, u.state, u.created_at, l.at as since
+    from clock, unfinished u cross join lateral (
+        select e.at from stepfast.events e
+        where e.run_id = u.id and e.name <> 'step.deferred' order by e.seq desc limit 1) l
+    where l.at < clock.now - :still_s * interval '1 s'
+      and not exists (
+        select from stepfast.steps m
+        left join stepfast.attempts a on a.run_id = m.run_id and a.id = m.attempt_id
+        left join stepfast.workers w on w.id = a.worker_id
+        where m.run_id = u.id and case m.state
+            when 'executing' then w.ended_at is null and w.lease_until > clock.now
+            when 'retryable' then m.scheduled_at > clock.now and m.failures > 0
+            when 'available' then m.queue in (select queue from served)
+            else false end)
+    order by l.at limit :limit
+""").bindparams(
+    *(bindparam(name, type_=Integer()) for name in ("still_s", "considered", "limit")),
+    bindparam("pipeline", type_=Text()),
+)
+STILL_CONSIDERED_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +152,10 @@ class Health:
         Keys: run_id, pipeline, agent and state of a step, and runs: how many there are.
         """
         return self._all(_STUCK, grace=GRACE_S, message=MESSAGE_MAX_S, busy=list(busy), limit=limit)
+
+    def still(self, *, still_s: int, pipeline: str | None, limit: int) -> "Sequence[Json]":
+        """Unfinished runs that do not go on, whatever they wait for, those that stand longest first.
+
+        Of the oldest STILL_CONSIDERED_MAX. Keys: run_id, pipeline, state, created_at, since (of the last event).
+        """
+        return self._all(_STILL, still_s=still_s, pipeline=pipeline, limit=limit, considered=STILL_CONSIDERED_MAX)

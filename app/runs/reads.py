@@ -99,6 +99,12 @@ class Reads:
         )
         return found[0]["pid"] if found else None
 
+    def worker_places(self, run: "Json") -> dict[int, str]:
+        """Where each worker of a run's attempts is or was, as host:pid; those whose rows are gone are left out."""
+        ids = {entry["worker_id"] for step in run["steps"] for entry in step["tries"]} - {None}
+        found = self._rows(select(workers.c.id, workers.c.host, workers.c.pid).where(workers.c.id.in_(ids)))
+        return {row["id"]: f"{row['host']}:{row['pid']}" for row in found}
+
     def approval_list(self, run_id: UUID) -> "list[Json]":
         """A run's approvals, oldest first."""
         return self._rows(select(approvals).where(approvals.c.run_id == run_id).order_by(approvals.c.requested_at))

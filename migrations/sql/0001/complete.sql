@@ -17,6 +17,7 @@ begin
     where a.run_id = s.run_id and a.id = s.attempt_id and k.tenant = r.tenant and k.pipeline = r.pipeline
       and k.agent = s.agent and k.key = a.key and k.attempt_id = s.attempt_id and k.state = 'unknown' and a.state = 'lost';
     if not found then
+        perform stepfast.note_fenced(r, s.attempt_id, null, p_model, p_usage, p_cost_usd, p_now);
         return jsonb_build_object('outcome', 'stale', 'state', s.state, 'run_state', r.state);
     end if;
     update stepfast.attempts
@@ -72,6 +73,7 @@ begin
         if s.state = 'discarded' and s.attempt_id = p_attempt then
             return stepfast.confirm_late(r, s, p_output, p_observed, p_model, p_request_id, p_usage, p_cost_usd, v_now);
         end if;
+        perform stepfast.note_fenced(r, p_attempt, null, p_model, p_usage, p_cost_usd, v_now);
         return jsonb_build_object('outcome', 'stale', 'state', s.state, 'run_state', r.state);
     end if;
 

@@ -29,6 +29,7 @@ begin
     select * into s from stepfast.steps where run_id = p_run and agent = p_agent and item = p_item;
     if s.state is distinct from 'executing' or s.attempt_id is distinct from p_attempt then
         -- My own lost reply, or the fence: either way the step has been dealt with.
+        perform stepfast.note_fenced(r, p_attempt, p_error->>'code', p_model, p_usage, p_cost_usd, v_now);
         return jsonb_build_object('outcome', case when s.attempt_id = p_attempt then s.state else 'stale' end,
                                   'run_state', r.state);
     end if;

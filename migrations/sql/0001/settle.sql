@@ -294,3 +294,21 @@ begin
     end loop;
     return v_seq;
 end $$;
+
+-- Notes that the fence refused what an attempt came with, which may have been paid for: once an attempt. Whoever calls this
+-- holds the run's lock, and changes nothing else.
+create function stepfast.note_fenced(
+    r stepfast.runs, p_attempt uuid, p_code text, p_model text, p_usage jsonb, p_cost_usd double precision, p_now timestamptz
+) returns void language plpgsql volatile as $$
+begin
+    insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)
+    select a.run_id, r.event_seq + 1, 'step.fenced', p_now, a.agent, a.item, a.generation, a.id, jsonb_build_object(
+        'code', p_code, 'model', p_model, 'usage', p_usage, 'cost_usd', p_cost_usd)
+    from stepfast.attempts a
+    where a.run_id = r.id and a.id = p_attempt and a.state = 'lost'
+      and not exists (select from stepfast.events e
+                      where e.run_id = r.id and e.attempt_id = a.id and e.name = 'step.fenced');
+    if found then
+        update stepfast.runs set event_seq = event_seq + 1 where id = r.id;
+    end if;
+end $$;

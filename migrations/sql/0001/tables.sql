@@ -136,6 +136,8 @@ create table stepfast.attempts (
     check (worker_id is not null or decided_by is not null)
 );
 create index attempts_executing on stepfast.attempts (worker_id) where state = 'executing';
+-- What began in a while, for reports; like events_at.
+create index attempts_started on stepfast.attempts using brin (started_at) with (autosummarize = on);
 create index attempts_deadline on stepfast.attempts (deadline_at) where state = 'executing';
 
 -- An attempt that is `suspended` found that a person must approve first; the approved step is claimed by another attempt.
