@@ -303,10 +303,9 @@ def test_json_and_markdown_say_the_same(cli, tmp_path):
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
 def test_bundled_examples_follow_the_checklist(folder):
-    """No warning but that the article's models are retired, and of what is accepted with a reason or is not built."""
+    """No warning but that the article's models are retired, and of what is accepted with a reason."""
     rest = [finding for finding in audited(folder).findings if finding.severity != "note" and not finding.suppressed]
-    assert {finding.rule for finding in rest} <= {"retired-model", "skill-file"}
-    assert all("is not built yet" in finding.message for finding in rest if finding.rule == "skill-file")
+    assert {finding.rule for finding in rest} <= {"retired-model"}
 
 
 def test_starter_follows_the_checklist(tmp_path):
@@ -323,10 +322,9 @@ def test_document_lists_every_rule():
 
 
 def test_document_and_readme_show_the_articles_pipeline(cli, monkeypatch):
-    """Finding by finding, as the command prints them; what is not built yet is no matter of the file."""
+    """Finding by finding, as the command prints them."""
     monkeypatch.chdir(ROOT)
     printed = cli("audit", "examples/bugfix").out.partition("\n\n")[0].splitlines()
-    printed = [line for line in printed if "is not built yet" not in line]
     shown = re.search(r"```\n(examples/bugfix.*?)```", DOCUMENT.read_text(), re.DOTALL)[1].splitlines()
     assert shown == printed
     readme = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("examples/bugfix/")]

@@ -50,7 +50,6 @@ class Told:
         name = event["name"]
         self.state = _STATE_AFTER.get(name, self.state)
         if name != "step.fenced":  # which may come when the step is in a later one
-            if name != "step.fenced":  # which may come when the step is in a later one
             self.generation = event["generation"]
         if name == "step.approved":
             self.approved.add(event["generation"])
