@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.types import Boolean, Integer, Interval
 
 from app.runs.metrics import Metrics
-from app.runs.store import call
+from app.runs.statements import call
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
