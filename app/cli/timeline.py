@@ -403,6 +403,8 @@ _MARKS = {
     "fenced": "its late commit was refused",
     "reopened": "to be done again",
     "settled": "settled by its late commit",
+    "stale_input": "waits for newer outputs than those it found",
+    "stale_read": "read outputs that had been superseded, as its snapshots allow",
     "expired": "nobody approved it in time",
     "resumed": "was resumed",
     "cancelled": "was cancelled",

@@ -219,6 +219,7 @@ class _Replay:
         self._first = "turn" if run["concurrency_key"] is not None else "queue"
         self._state = dict.fromkeys(self._steps, StepState.PENDING)
         self._generation = dict.fromkeys(self._steps, 1)
+        self._committed: dict[str, str] = {}  # when the last output of an agent was
         self._open: dict[str, _Wait] = {}
         self._halted = False
         self.waits: dict[str, list[_Wait]] = {agent: [] for agent in self._steps}
@@ -259,7 +260,7 @@ class _Replay:
     def _begin(self, at: str, agents: "Sequence[str] | Mapping[str, Json]", first: str) -> None:
         for agent in agents:
             self._close(agent, at)
-            self._wait(agent, at, "dependencies" if self._unmet(agent) else first)
+            self._wait(agent, at, "dependencies" if self._unmet(agent, at) else first)
 
     # Of one step.
 
@@ -270,6 +271,9 @@ class _Replay:
         if name in _BECOMES:
             self._close(agent, at)
             self._state[agent] = _BECOMES[name]
+            if _BECOMES[name] == StepState.COMPLETED:
+                # What another run put out is as old as it is there.
+                self._committed[agent] = _iso(_moment(at) - timedelta(milliseconds=data.get("age_ms", 0)))
         match name:
             case "deferred":
                 self._defer(agent, at, data)
@@ -278,7 +282,7 @@ class _Replay:
                 self._wait(agent, at, "retry", {"code": data["code"]}, due)
             case "rescued":
                 self._wait(agent, at, "rescue", {"from": data["worker"], "reason": data["reason"]})
-            case "suspended" | "approved" | "reopened":
+            case "suspended" | "approved" | "reopened" | "stale_input":
                 self._wait(agent, at, _WAITS_AFTER[name])
         if name in _MARKED:
             self.marks[agent].append(_mark(name, at, event["generation"], data))
@@ -294,15 +298,25 @@ class _Replay:
 
     # Waits.
 
-    def _unmet(self, agent: str) -> bool:
-        """Whether something that a step depends on may still give it an output."""
-        return any(not self._met(other) for other in self._steps[agent]["depends_on"])
+    def _unmet(self, agent: str, at: str) -> bool:
+        """Whether something that a step depends on has yet to give it an output."""
+        return any(
+            not self._met(other) and not self._serves(other, self._steps[agent]["snapshots"].get(other), at)
+            for other in self._steps[agent]["depends_on"]
+        )
 
     def _met(self, agent: str) -> bool:
         state = self._state[agent]
         return state == StepState.COMPLETED or (
             state in _ENDED_BADLY and self._steps[agent]["failure_mode"] == "continue"
         )
+
+    def _serves(self, other: str, snapshot: "Json | None", at: str) -> bool:
+        """Whether an older output may be read while a newer one is made, as snapshot_serves in the database says."""
+        made_at = self._committed.get(other)
+        if not snapshot or made_at is None or self._state[other] in {StepState.SKIPPED, *_ENDED_BADLY}:
+            return False
+        return snapshot["on_stale"] != "rerun" or 1000 * _between(made_at, at) <= snapshot["max_staleness_ms"]
 
     def _follow(self, at: str) -> None:
         """What an event means for the steps that wait for others: each may begin now, or is skipped."""
@@ -319,7 +333,7 @@ class _Replay:
                     self._state[agent] = StepState.SKIPPED
                     self.marks[agent].append(_mark("skipped", at, wait.generation, {}))
                     changed = True
-                elif not self._unmet(agent):
+                elif not self._unmet(agent, at):
                     self._close(agent, at)
                     self._wait(agent, at, "queue")
 
@@ -360,6 +374,7 @@ _BECOMES = {
     "rescued": StepState.PENDING,
     "rerun": StepState.PENDING,
     "reopened": StepState.PENDING,
+    "stale_input": StepState.PENDING,
     "suspended": StepState.SUSPENDED,
     "approved": StepState.AVAILABLE,
     "rejected": StepState.CANCELLED,
@@ -367,9 +382,12 @@ _BECOMES = {
     "cancelled": StepState.CANCELLED,
     "discarded": StepState.DISCARDED,
 }
-_WAITS_AFTER = {"suspended": "person", "approved": "queue", "reopened": "dependencies"}
+_WAITS_AFTER = {"suspended": "person", "approved": "queue", "reopened": "dependencies", "stale_input": "dependencies"}
 # What is not the beginning or the end of an attempt, and worth a word of its own.
-_MARKED = {"discarded", "rejected", "expired", "approved", "reopened", "rerun", "fenced", "settled", "dismissed"}
+_MARKED = {
+    *("discarded", "rejected", "expired", "approved", "reopened", "rerun", "fenced", "settled", "dismissed"),
+    *("stale_input", "stale_read"),
+}
 _DETAILS = ("rerun", "dead_letter", "cost_usd", "agents", "from", "waits_for", "partial", "digest")
 
 

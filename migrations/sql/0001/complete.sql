@@ -93,9 +93,11 @@ begin
     where tenant = r.tenant and pipeline = r.pipeline and agent = p_agent and key = v_key and attempt_id = p_attempt
       and state = 'reserved';
 
-    insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id)
+    insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)
     values (p_run, r.event_seq + 1, case when p_reused_from is null then 'step.completed' else 'step.reused' end, v_now,
-            p_agent, p_item, s.generation, p_attempt);
+            p_agent, p_item, s.generation, p_attempt, case when p_reused_from is null then '{}' else (
+                select jsonb_build_object('age_ms', stepfast.age_ms(a, v_now)) from stepfast.attempts a
+                where a.run_id = p_run and a.id = p_attempt) end);
     select * into v_after from stepfast.settle_run(r, r.event_seq + 1, true, v_now);
     return jsonb_build_object('outcome', 'completed', 'run_state', v_after.run_state, 'ready', v_after.ready);
 end $$;
