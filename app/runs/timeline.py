@@ -316,7 +316,7 @@ class _Replay:
         made_at = self._committed.get(other)
         if not snapshot or made_at is None or self._state[other] in {StepState.SKIPPED, *_ENDED_BADLY}:
             return False
-        return snapshot["on_stale"] != "rerun" or 1000 * _between(made_at, at) <= snapshot["max_staleness_ms"]
+        return snapshot["on_stale"] != "rerun" or 1000 * _between(made_at, at) <= int(snapshot["max_staleness_ms"])
 
     def _follow(self, at: str) -> None:
         """What an event means for the steps that wait for others: each may begin now, or is skipped."""
