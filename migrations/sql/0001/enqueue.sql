@@ -84,17 +84,19 @@ begin
         return query select v_old.id, false;
         return;
     end if;
-    -- The insert waited for a prune that was under way; this statement sees what it left.
-    select s.run_id, s.input_hash into v_old.id, v_old.input_hash from stepfast.spent_keys s
-    where s.tenant = p_tenant and s.pipeline = p_pipeline and s.key = p_key;
-    if found then
-        delete from stepfast.runs where id = p_run;
-        if v_old.input_hash <> v_input_hash then
-            raise exception 'key % belongs to run % with input %, not %', p_key, v_old.id, v_old.input_hash, v_input_hash
-                using errcode = 'SF002';
+    if p_key is not null then
+        -- The insert waited for a prune that was under way; this statement sees what it left.
+        select s.run_id, s.input_hash into v_old.id, v_old.input_hash from stepfast.spent_keys s
+        where s.tenant = p_tenant and s.pipeline = p_pipeline and s.key = p_key;
+        if found then
+            delete from stepfast.runs where id = p_run;
+            if v_old.input_hash <> v_input_hash then
+                raise exception 'key % belongs to run % with input %, not %', p_key, v_old.id, v_old.input_hash, v_input_hash
+                    using errcode = 'SF002';
+            end if;
+            return query select v_old.id, false;
+            return;
         end if;
-        return query select v_old.id, false;
-        return;
     end if;
 
     insert into stepfast.steps (run_id, agent, state, depends_on, snapshots, failure_mode, queue, max_worker_losses, priority, created_at)
