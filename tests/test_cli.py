@@ -28,12 +28,12 @@ DOCUMENT_KEYS = RUN_KEYS | {
 STEP_KEYS = {
     *("run_id", "agent", "item", "state", "generation", "depends_on", "queue", "max_worker_losses", "attempt_id"),
     *("attempts", "failures", "worker_losses", "waits", "rounds", "feedback", "failure_mode"),
-    *("scheduled_at", "sent_at", "sends", "ended_at", "tries"),
+    *("scheduled_at", "sent_at", "sends", "ended_at", "tries", "snapshots", "stale_reruns"),
 }
 TRY_KEYS = {
     *("run_id", "id", "agent", "item", "generation", "number", "state", "worker_id", "decided_by", "repeatable"),
     *("code_hash", "key", "inputs_hash", "reads", "started_at", "deadline_at", "ended_at", "output", "output_hash"),
-    *("reused_from", "model", "request_id", "usage", "cost_usd", "error", "error_fingerprint", "overstayed_at"),
+    *("reused_from", "model", "request_id", "usage", "cost_usd", "error", "error_fingerprint", "overstayed_at", "observed", "stale_reads"),
 }
 DEAD_KEYS = {
     *("id", "run_id", "agent", "item", "generation", "attempt_id", "code", "error_fingerprint", "payload"),

@@ -54,6 +54,7 @@ LEVELS = {
     Event.RUN_SUSPENDED: logging.WARNING,
     Event.RUN_CONTINUED: logging.INFO,
     Event.STEP_STALE_CLAIM: logging.WARNING,
+    Event.STEP_FENCED: logging.WARNING,
     Event.STEP_ALONE: logging.WARNING,
     Event.STEP_DISPATCHED: logging.DEBUG,
     Event.STEP_INPUT: logging.INFO,
