@@ -33,7 +33,18 @@ STEP_KEYS = {
 TRY_KEYS = {
     *("run_id", "id", "agent", "item", "generation", "number", "state", "worker_id", "decided_by", "repeatable"),
     *("code_hash", "key", "inputs_hash", "reads", "started_at", "deadline_at", "ended_at", "output", "output_hash"),
-    *("reused_from", "model", "request_id", "usage", "cost_usd", "error", "error_fingerprint", "overstayed_at", "observed", "stale_reads"),
+    *(
+        "reused_from",
+        "model",
+        "request_id",
+        "usage",
+        "cost_usd",
+        "error",
+        "error_fingerprint",
+        "overstayed_at",
+        "observed",
+        "stale_reads",
+    ),
 }
 DEAD_KEYS = {
     *("id", "run_id", "agent", "item", "generation", "attempt_id", "code", "error_fingerprint", "payload"),
