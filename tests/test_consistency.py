@@ -8,7 +8,7 @@ from pipelines import agent, line, pipeline
 
 from app.cli.show import steps_table
 from app.errors import NotPossible
-from app.pipelines.model import Checkpointing, Consistency, Dependency, OnStale
+from app.pipelines.model import Checkpointing, Consistency, Dependency, FailureMode, OnStale
 from app.runs.database import engine
 from app.runs.explain import explain, stale_reads
 from app.runs.invariants import check
@@ -217,6 +217,21 @@ def test_old_snapshot_waits_for_what_is_being_made(bench):
     assert bench.states(run)["c"] == "pending"
     bench.do(run, "a")
     assert bench.sql("select max(generation) from stepfast.attempts where agent = 'a'") == 2
+    assert bench.claim(run, "c")[1].outcome == "claimed"
+
+
+def test_snapshot_without_any_output_waits_for_the_one_that_is_made_after_all(bench):
+    """Under `continue` c may begin without a's; then a person has a done again before c is claimed."""
+    a = agent("a", failure_mode=FailureMode.CONTINUE)
+    run = bench.start(pipeline(a, agent("c", "a", declared=(snapshot("a"),)), agent("other")))
+    bench.fail(bench.claim(run, "a")[0])
+    assert bench.states(run)["c"] == "available"
+    bench.orders.resume_from(run, "a", "me")
+    claim = bench.claim(run, "c")[1]
+    assert (claim.outcome, claim.reason, bench.states(run)["c"]) == ("deferred", "stale_input", "pending")
+    (event,) = told(bench, run, "step.stale_input")
+    assert event["data"]["absent"] == ["a"]
+    bench.do(run, "a")
     assert bench.claim(run, "c")[1].outcome == "claimed"
 
 

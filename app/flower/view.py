@@ -303,7 +303,7 @@ def _sentence(event: "Json") -> str:
         if data.get("code") == "stale_input"
         else f"The gate of {agent} refused, so {data.get('rerun')} runs again.",
         "step.stale_read": f"{agent} works with a stale output of {', '.join(data.get('reads') or [])}{why}",
-        "step.stale_input": f"{agent} found what it reads too old, and waits until it is done again.",
+        "step.stale_input": f"{agent} found what it reads too old, or not made yet, and waits for it.",
         "step.reopened": f"{agent} is done again{why}",
         "step.approved": f"{agent} was approved{by}{why}",
         "step.rejected": f"{agent} was rejected{by}{why}",

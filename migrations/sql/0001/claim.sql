@@ -67,6 +67,10 @@ begin
         from stepfast.steps u join stepfast.attempts a on a.run_id = u.run_id and a.id = u.attempt_id
         where u.run_id = p_run and u.agent = any (p_reads) and u.state = 'completed';
         if v_snapshots then
+            v_refresh := stepfast.await_snapshots(r, s, v_now);
+            if v_refresh is not null then
+                return v_refresh;
+            end if;
             select f.outputs, f.pins, f.stale into v_outputs, v_reads, v_stale
             from stepfast.read_snapshots(s, p_reads, v_now, v_outputs, v_reads) f;
             v_refresh := stepfast.refresh_snapshots(r, s, v_stale, v_now);

@@ -96,6 +96,40 @@ create function stepfast.refused_reads(p_stale jsonb) returns boolean language s
     select coalesce(jsonb_path_exists(p_stale, '$.* ? (@.too_old == true && @.on_stale != "accept")'), false)
 $$;
 
+-- A dependent may begin without an output that is not made any more (`continue`). Where one is made after all (`resume --from`)
+-- before the dependent is claimed, and there is no older one to read, it waits for it: returns a deferral with the steps to
+-- send; otherwise null.
+create function stepfast.await_snapshots(r stepfast.runs, s stepfast.steps, p_now timestamptz) returns jsonb
+language plpgsql volatile as $$
+declare
+    v_absent text[] := (
+        select array_agg(u.agent order by u.agent) from stepfast.steps u
+        where u.run_id = r.id and s.snapshots ? u.agent
+          and u.state in ('pending', 'available', 'executing', 'retryable', 'suspended')
+          and (stepfast.last_output(r.id, u.agent)).id is null);
+begin
+    if v_absent is null then
+        return null;
+    end if;
+    insert into stepfast.events (run_id, seq, name, at, agent, item, generation, data)
+    values (r.id, r.event_seq + 1, 'step.stale_input', p_now, s.agent, s.item, s.generation,
+            jsonb_build_object('reads', '{}'::jsonb, 'rerun', '[]'::jsonb, 'absent', v_absent));
+    update stepfast.steps set state = 'pending', sent_at = null where run_id = r.id and agent = s.agent and item = s.item;
+    return stepfast.deferred_as_stale(r, r.event_seq + 1, p_now);
+end $$;
+
+-- What a claim returns that put its step back, with the steps that its caller is to send instead.
+create function stepfast.deferred_as_stale(r stepfast.runs, p_seq bigint, p_now timestamptz) returns jsonb
+language plpgsql volatile as $$
+declare
+    v_after record;
+begin
+    select * into v_after from stepfast.settle_run(r, p_seq, true, p_now);
+    return jsonb_build_object('outcome', 'deferred', 'reason', 'stale_input', 'next', (
+        select coalesce(jsonb_agg(e.value || jsonb_build_object('run_id', r.id, 'pipeline_hash', r.pipeline_hash)), '[]')
+        from jsonb_array_elements(v_after.ready) e));
+end $$;
+
 -- A claim found snapshots that are too old. Where all may be done again it has them done again, or waits for those that are
 -- being done again, and returns a deferral with the steps to send. Where one is refused, or may not be repeated (any more), it
 -- returns {"outcome": "too_old", "problem": …} for the attempt to fail with; and null where all are accepted.
@@ -107,7 +141,6 @@ declare
     v_again text[];
     v_told text;
     v_seq bigint := r.event_seq + 1;
-    v_after record;
     u record;
 begin
     if not stepfast.refused_reads(p_stale) then
@@ -151,10 +184,7 @@ begin
     end if;
     v_seq := stepfast.reopen_steps(r, v_again, s.agent || ' found it stale', v_seq, p_now);
     update stepfast.steps set stale_reruns = stale_reruns + 1 where run_id = r.id and agent = any (v_rerun);
-    select * into v_after from stepfast.settle_run(r, v_seq, true, p_now);
-    return jsonb_build_object('outcome', 'deferred', 'reason', 'stale_input', 'next', (
-        select coalesce(jsonb_agg(e.value || jsonb_build_object('run_id', r.id, 'pipeline_hash', r.pipeline_hash)), '[]')
-        from jsonb_array_elements(v_after.ready) e));
+    return stepfast.deferred_as_stale(r, v_seq, p_now);
 end $$;
 
 -- Tells that those who read a snapshot of these agents keep what they made, or make, of the old outputs. Returns the new seq.
