@@ -265,6 +265,24 @@ def test_stale_snapshot_repeats_no_effect(bench):
     bench.fail(bid)
 
 
+@pytest.mark.parametrize("idempotent", [False, True])
+def test_stale_snapshot_repeats_no_effect_in_ctx_once(bench, idempotent):
+    """It may be attempted again, and its record is of one generation: only `idempotent: true` has it done once more."""
+    definition = reading(OnStale.RERUN)
+    b = replace(definition.by_id["b"], model=None, handler="handlers:b", idempotent=idempotent)
+    run = bench.start(replace(definition, agents=(definition.agents[0], b, definition.agents[2])))
+    bench.do(run, "a")
+    bid, _ = bench.claim(run, "b")
+    bench.store.begin_effect(bid.step, bid.attempt_id, "pay")
+    bench.store.end_effect(bid.step, bid.attempt_id, "pay", {"receipt": 1})
+    bench.complete(bid)
+    bench.pass_time(90)
+    bid, claim = bench.claim(run, "c")
+    assert claim.outcome == ("deferred" if idempotent else "too_old")
+    if not idempotent:
+        bench.fail(bid)
+
+
 def test_stale_snapshot_replaces_no_output_of_a_person(bench):
     """Whoever overrode it decided it: that is not undone because time passed."""
     run = bench.start(reading(OnStale.RERUN))

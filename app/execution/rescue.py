@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from app.runs.store import Swept
 
 BATCH = 500
-# What one transaction rescues, ends or releases. Each takes a millisecond or two, ten on a busy server, and locks a run
-# until the last is done: no transaction of ours lasts over 50 ms.
-_CHANGED_AT_ONCE_MAX = 5
-_ROUNDS_MAX = 200
+# What one transaction rescues, ends or releases. Each takes a millisecond or two, twenty on a busy server, and locks a run
+# until the last is done: transactions are to stay under 50 ms.
+_CHANGED_AT_ONCE_MAX = 2
+_ROUNDS_MAX = 500
 # A message that is sent and not claimed for so long, while its queue is empty, was lost.
 RESEND_MS = 2_000
 _JUDGE_MIN_S = 0.02

@@ -77,6 +77,10 @@ begin
     if not found then
         select * into v_old from stepfast.runs r
         where r.tenant = p_tenant and r.pipeline = p_pipeline and r.key = p_key;
+        if not found then -- it was pruned just now
+            select s.run_id, s.input_hash into v_old.id, v_old.input_hash from stepfast.spent_keys s
+            where s.tenant = p_tenant and s.pipeline = p_pipeline and s.key = p_key;
+        end if;
         if v_old.input_hash <> v_input_hash then
             raise exception 'key % belongs to run % with input %, not %', p_key, v_old.id, v_old.input_hash, v_input_hash
                 using errcode = 'SF002';

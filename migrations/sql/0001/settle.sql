@@ -31,7 +31,8 @@ create function stepfast.unknown_agents(p_run uuid) returns text[] language sql 
 $$;
 
 -- Those of some agents that in their generation had an effect, or may have had one, and may not be repeated. Whoever overrides
--- a step begins a generation, and does nothing again: what was done in the one before it counts on.
+-- a step begins a generation, and does nothing again: what was done in the one before it counts on. What stands in ctx.once may
+-- be attempted again, and not done again: its record, which makes the difference, is of one generation.
 create function stepfast.done_agents(p_run uuid, p_agents text[]) returns text[] language sql stable as $$
     select coalesce(array_agg(distinct s.agent), '{}')
     from stepfast.steps s join stepfast.attempts a on a.run_id = s.run_id and a.agent = s.agent
@@ -40,7 +41,12 @@ create function stepfast.done_agents(p_run uuid, p_agents text[]) returns text[]
           select from stepfast.attempts o
           where o.run_id = s.run_id and o.agent = s.agent and o.generation = g and o.decided_by is not null))
       and (a.error->>'code' = 'outcome_unknown'
-           or (not a.repeatable and a.reused_from is null and a.state in ('executing', 'completed')))
+           or (not a.repeatable and a.reused_from is null and a.state in ('executing', 'completed'))
+           or (exists (select from stepfast.effects e
+                       where e.run_id = s.run_id and e.agent = s.agent and e.item = s.item and e.generation = a.generation)
+               and not exists (select from stepfast.runs r join stepfast.pipelines p on p.hash = r.pipeline_hash,
+                                           jsonb_array_elements(p.definition->'agents') d
+                               where r.id = p_run and d->>'id' = s.agent and d->'idempotent' = 'true')))
 $$;
 
 -- Those of some agents that are executing, and whose attempt nobody may interrupt: its outcome would be unknown.
