@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from app.runs.store import Swept
 
 BATCH = 500
-# What one transaction rescues, ends or releases. Each takes a millisecond or two, twenty on a busy server, and locks a run
-# until the last is done: transactions are to stay under 50 ms.
+# What one transaction rescues, ends or releases. Each takes a millisecond or two, twenty on a busy server, and locks a
+# run until the last is done: transactions are to stay under 50 ms.
 _CHANGED_AT_ONCE_MAX = 2
 _ROUNDS_MAX = 500
 # A message that is sent and not claimed for so long, while its queue is empty, was lost.
