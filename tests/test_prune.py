@@ -149,10 +149,14 @@ def test_young_run_stays(bench):
 
 
 def test_completed_key_outlives_its_run(bench):
-    """A later run with that key takes the recorded output without a call, twice where its reply was lost; the rules hold."""
+    """A later run with that key takes the recorded output without a call, twice where its reply was lost; the rules hold.
+
+    What the first one saw of the world counts for the second.
+    """
     first = bench.start(SHARED, {"order": "7"})
     bid, _ = bench.claim(first, "a")
-    bench.complete(bid, {"paid": 7})
+    seen = [{"name": "repo", "value": "f00", "probe": "head"}]
+    bench.store.complete(bid.step, bid.attempt_id, {"paid": 7}, FREE, observed=seen)
     later(bench)
     assert pruned(bench) == (1, {})
     second = bench.start(SHARED, {"order": "7"})
@@ -160,6 +164,7 @@ def test_completed_key_outlives_its_run(bench):
     assert (claim.outcome, claim.output, bench.store.claim(bid).output) == ("reuse", {"paid": 7}, {"paid": 7})
     bench.store.complete(bid.step, bid.attempt_id, claim.output, FREE, reused_from=claim.reused_from)
     assert bench.run_state(second) == "completed"
+    assert bench.sql("select observed from stepfast.attempts") == seen
     assert violations(bench) == []
     later(bench)
     assert pruned(bench) == (1, {})

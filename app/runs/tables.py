@@ -155,6 +155,7 @@ keys = _table(
     _time("ended_at", null=True),
     _json("output", null=True),
     _text("output_hash", null=True),
+    _json("observed", null=True),
 )
 spent_keys = _table(
     "spent_keys",

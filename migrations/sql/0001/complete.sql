@@ -82,7 +82,8 @@ begin
         request_id = p_request_id, usage = p_usage, cost_usd = p_cost_usd, reused_from = p_reused_from,
         -- What another run's attempt saw counts for whoever takes its output.
         observed = case when p_reused_from is null then p_observed else (
-            select o.observed from stepfast.keys k join stepfast.attempts o on o.run_id = k.run_id and o.id = k.attempt_id
+            select coalesce(o.observed, k.observed)
+            from stepfast.keys k left join stepfast.attempts o on o.run_id = k.run_id and o.id = k.attempt_id
             where k.tenant = r.tenant and k.pipeline = r.pipeline and k.agent = p_agent and k.key = a.key
               and k.attempt_id = p_reused_from) end
     where run_id = p_run and id = p_attempt returning key, observed into v_key, p_observed;

@@ -85,7 +85,7 @@ begin
         select tenant, pipeline, key, id, input_hash, v_now from stepfast.runs where id = any (v_ids) and key is not null;
         -- A key outlives its run, with its output. One that names its run goes with it: no other run can come with it.
         with mine as (
-            select k.tenant, k.pipeline, k.agent, k.key, k.generation, a.output, a.output_hash,
+            select k.tenant, k.pipeline, k.agent, k.key, k.generation, a.output, a.output_hash, a.observed,
                    position(r.id::text in k.key) > 0 as own
             from stepfast.runs r join stepfast.attempts a on a.run_id = r.id, lateral (
                 select * from stepfast.keys k
@@ -96,7 +96,7 @@ begin
             delete from stepfast.keys k using mine m
             where m.own and (k.tenant, k.pipeline, k.agent, k.key, k.generation)
                           = (m.tenant, m.pipeline, m.agent, m.key, m.generation))
-        update stepfast.keys k set output = m.output, output_hash = m.output_hash from mine m
+        update stepfast.keys k set output = m.output, output_hash = m.output_hash, observed = m.observed from mine m
         where not m.own and (k.tenant, k.pipeline, k.agent, k.key, k.generation)
                           = (m.tenant, m.pipeline, m.agent, m.key, m.generation);
         delete from stepfast.runs where id = any (v_ids); -- and by it steps, attempts, events, letters, approvals, effects

@@ -156,8 +156,9 @@ create table stepfast.keys (
     attempt_id uuid not null,
     reserved_at timestamptz not null,
     ended_at timestamptz,
-    output jsonb,                       -- the attempt's, once its run was pruned
+    output jsonb,                       -- the attempt's, once its run was pruned; likewise its hash, and what it observed
     output_hash text,
+    observed jsonb,
     primary key (tenant, pipeline, agent, key, generation),
     check ((state = 'reserved') = (ended_at is null)),
     check (output is null or state = 'completed'),
