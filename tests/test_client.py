@@ -452,3 +452,13 @@ def test_oldest_sqlalchemy_is_supported(database_url, pipeline):
     )
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
     assert _count(database_url) == 3
+
+
+def test_half_imported_opentelemetry_harms_no_host(monkeypatch):
+    """Another thread of the host's may be importing it just now: the run is started without a link."""
+    from types import ModuleType
+
+    from stepfast.client import _traceparent
+
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", ModuleType("opentelemetry.trace"))
+    assert _traceparent() is None

@@ -95,7 +95,7 @@ def _print_change(where: str, change: "Json") -> None:
             console.print(Text(f"  {sign} {text}", style=_STYLES[sign]), soft_wrap=True)
         return
     for line in change["diff"]:
-        shown = output.cut(output.clean(line), LINE_MAX_CHARS)
+        shown = output.cut(output.clean(line).replace("\n", "\\n"), LINE_MAX_CHARS)
         console.print(Text(f"  {shown}", style=_STYLES.get(line[:1], "")), soft_wrap=True)
     if change["left_out"]:
         print(f"  ... {change['left_out']:,} more lines: stepfast show RUN --json has them")

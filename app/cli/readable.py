@@ -24,7 +24,8 @@ def print_value(title: str, value: "Json") -> int:
         if number >= LINES_MAX:
             left_out += 1
             continue
-        shown = output.cut(output.clean(line), LINE_MAX_CHARS)
+        # A line end that an agent wrote into a short text or a name begins no line of ours.
+        shown = output.cut(output.clean(line).replace("\n", "\\n"), LINE_MAX_CHARS)
         console.print(Text(f"  {shown}", style=style), soft_wrap=True)
     if left_out:
         print(f"  ... {left_out:,} more lines")

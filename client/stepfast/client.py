@@ -156,10 +156,11 @@ class Client:
 
 def _traceparent() -> str | None:
     """Of the host's current span (W3C), where the host uses OpenTelemetry: the run's trace is linked to it."""
-    trace = sys.modules.get("opentelemetry.trace")
-    if trace is None:
+    # Absent where the host does not use it, and while another thread of the host's is importing it.
+    current = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
+    if current is None:
         return None
-    span = trace.get_current_span().get_span_context()
+    span = current().get_span_context()
     return f"00-{span.trace_id:032x}-{span.span_id:016x}-{int(span.trace_flags):02x}" if span.is_valid else None
 
 
