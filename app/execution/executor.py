@@ -41,6 +41,7 @@ from app.pipelines import expressions
 from app.pipelines.feedback import redacted_feedback
 from app.pipelines.model import canonical_json, hash_json
 from app.pipelines.run_input import check_input
+from app.pipelines.templates import lookup_shown
 from app.redaction import capped, redact
 from app.runs.store import Bid, Claim, Ended, Ending, Paid, StepKey
 
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from app.agents.handlers import Handler
     from app.execution.worker import Worker
     from app.pipelines.model import Agent, Json, Pipeline
-    from app.pipelines.templates import Path
 
 # How long a step waits whose handler this worker lacks, or whose key another run holds.
 DEFER_MS = 5_000
@@ -281,17 +281,7 @@ def _values_to_show(gate: expressions.Gate, attempt: Attempt) -> "Json":
     """What the gate reads, by name, without what the schemas mark as sensitive; null stands for what is missing."""
     shown = _inputs_to_show(attempt)
     values = {**shown["outputs"], "input": shown["input"]}
-    return {".".join(path): _value_to_show(path, values) for path in gate.references}
-
-
-def _value_to_show(path: "Path", values: "Json") -> object:
-    """What stands at a path of what may be shown, or in place of that in which it lies: the whole may be hidden."""
-    value: object = values
-    for name in path:
-        if not isinstance(value, dict):
-            return value
-        value = value.get(name)
-    return value
+    return {".".join(path): lookup_shown(path, values) for path in gate.references}
 
 
 def _read_by(gate: expressions.Gate, claim: Claim) -> "Json":

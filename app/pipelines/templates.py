@@ -80,5 +80,18 @@ def lookup(path: Sequence[str], context: Mapping[str, object]) -> object:
     return value
 
 
+def lookup_shown(path: Path, values: Mapping[str, object]) -> object:
+    """What stands at a path of what may be shown, or in place of that in which it lies: the whole may be hidden.
+
+    None where nothing does.
+    """
+    value: object = values
+    for name in path:
+        if not isinstance(value, Mapping):
+            return value
+        value = value.get(name)
+    return value
+
+
 def _shown(value: object) -> str:
     return value if isinstance(value, str) else canonical_json(value)

@@ -7,13 +7,13 @@ are rows of their attempts and never change, so that this is what the attempt sa
 from typing import TYPE_CHECKING
 
 from app.pipelines import expressions
+from app.pipelines.templates import lookup_shown
 from app.runs.states import AttemptState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from app.pipelines.model import Agent, Json, Pipeline
-    from app.pipelines.templates import Path
 
 
 def tries_by_id(run: "Json") -> "dict[str, Json]":
@@ -35,18 +35,8 @@ def gate_seen(attempt: "Json", agent: "Agent", run: "Json", tries: "Mapping[str,
     if agent.gate is None or attempt["decided_by"] or attempt["reused_from"]:
         return None
     known = {**outputs_read(attempt, tries), "input": run["input"]}
-    values = {".".join(path): _shown(path, known) for path in expressions.parse(agent.gate).references}
+    values = {".".join(path): lookup_shown(path, known) for path in expressions.parse(agent.gate).references}
     return {"expression": agent.gate, "values": values, "verdict": _verdict(attempt)}
-
-
-def _shown(path: "Path", values: "Json") -> object:
-    """What stands at a path, or in place of that in which it lies: the whole may be hidden. None where nothing does."""
-    value: object = values
-    for name in path:
-        if not isinstance(value, dict):
-            return value
-        value = value.get(name)
-    return value
 
 
 def _verdict(attempt: "Json") -> str:

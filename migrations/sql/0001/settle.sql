@@ -2,8 +2,8 @@
 -- an earlier statement, so that it sees every sibling's commit.
 
 -- Makes available whatever waits only for what is completed, for what failed under `continue`, or for a newer output than the
--- snapshot that it may read. `p_send`: the caller is
--- about to send the messages of those that are `sent`: all but those that must wait behind what is not sent yet.
+-- snapshot that it may read. `p_send`: the caller is about to send the messages of those that are `sent`: all but those that
+-- must wait behind what is not sent yet.
 create function stepfast.release_steps(p_run uuid, p_send boolean, p_now timestamptz)
 returns table (agent text, item text, sent boolean) language sql volatile as $$
     with free as (
