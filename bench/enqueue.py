@@ -33,11 +33,11 @@ _MAKE = multiprocessing.get_context("fork")
 AGENTS = ("research", "write", "review")
 SCHEMA = {"type": "object", "properties": {"order": {"type": "integer"}}, "required": ["order"]}
 HOSTS_ROW = "insert into host_order (item) values ('tea')"
-# Copies of the tables, with their constraints, indexes and keys.
+# Copies of the tables, with their constraints, indexes, keys and fillfactor.
 TABLES = """
     create table host_order (id bigint generated always as identity primary key, item text not null);
-    create table plain_runs (like stepfast.runs including all);
-    create table plain_steps (like stepfast.steps including all);
+    create table plain_runs (like stepfast.runs including all) with (fillfactor = 70);
+    create table plain_steps (like stepfast.steps including all) with (fillfactor = 70);
     create table plain_events (like stepfast.events including all);
     alter table plain_runs add foreign key (pipeline_hash) references stepfast.pipelines (hash);
     alter table plain_steps add foreign key (run_id) references plain_runs (id) on delete cascade;

@@ -200,7 +200,7 @@ class Store:
                     },
                 )
                 connection.execute(statements.MOVE_NAME, {"name": pipeline.name, "hash": pipeline.hash})
-                return stored.rowcount == 1
+                return stored.rowcount > 0
         except DBAPIError as error:
             if sqlstate(error) != "23505":
                 raise

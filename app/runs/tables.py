@@ -54,7 +54,26 @@ meta = _table(
     "meta", _bool("only_row", key=True), _int("min_code_version"), Column("clock_offset", Interval, nullable=False)
 )
 pipelines = _table(
-    "pipelines", _text("hash", key=True), _text("name"), _text("version"), _json("definition"), _time("published_at")
+    "pipelines",
+    _text("hash", key=True),
+    _text("name"),
+    _text("version"),
+    _json("definition"),
+    _json("concurrency_parts", null=True),
+    Column("deadline_ms", BigInteger, nullable=True),
+    Column("is_traced", Boolean, nullable=True),
+    _time("published_at"),
+)
+pipeline_agents = _table(
+    "pipeline_agents",
+    _text("pipeline_hash", key=True),
+    _text("agent", key=True),
+    Column("depends_on", ARRAY(Text), nullable=False),
+    _json("snapshots"),
+    _text("failure_mode"),
+    _text("queue"),
+    _int("max_worker_losses"),
+    _bool("idempotent"),
 )
 pipeline_names = _table("pipeline_names", _text("name", key=True), _text("hash"), _time("moved_at"))
 runs = _table(

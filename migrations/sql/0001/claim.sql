@@ -16,7 +16,7 @@ create function stepfast.claim_v1(
     p_run uuid, p_agent text, p_item text, p_pipeline_hash text, p_attempt uuid, p_worker bigint,
     p_timeout_ms integer, p_repeatable boolean, p_code_hash text, p_reads text[], p_key_parts jsonb, p_key_inputs jsonb, p_wait_ms integer,
     p_alone boolean, p_lean boolean
-) returns jsonb language plpgsql volatile as $$
+) returns jsonb language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
 declare
     v_now timestamptz;
     r stepfast.runs;

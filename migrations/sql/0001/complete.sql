@@ -48,7 +48,7 @@ create function stepfast.complete_v1(
     p_run uuid, p_agent text, p_item text, p_attempt uuid, p_output jsonb,
     p_model text, p_request_id text, p_usage jsonb, p_cost_usd double precision, p_reused_from uuid,
     p_observed jsonb
-) returns jsonb language plpgsql volatile as $$
+) returns jsonb language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
 declare
     v_now timestamptz;
     r stepfast.runs;

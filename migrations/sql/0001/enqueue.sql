@@ -16,12 +16,8 @@ create function stepfast.enqueue_v1(
 ) returns table (run_id uuid, created boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-    v_now timestamptz := stepfast.now();
-    v_hash text;
-    v_agents jsonb;
-    v_parts jsonb;
-    v_deadline_ms bigint;
-    v_tracing jsonb;
+    v_now timestamptz;
+    v_definition record;
     v_input_hash text := stepfast.hash(p_input);
     v_old stepfast.runs;
     v_part jsonb;
@@ -35,22 +31,22 @@ begin
     if octet_length(p_key) > 1000 then -- what fits into an index
         raise exception 'the key is longer than 1,000 bytes' using errcode = 'SF003';
     end if;
-    -- One look into the definition: each would decompress it anew.
-    select p.hash, d.agents, d.concurrency_parts, d.deadline_ms, d.tracing into v_hash, v_agents, v_parts, v_deadline_ms, v_tracing
-    from stepfast.pipeline_names n join stepfast.pipelines p on p.hash = n.hash,
-         jsonb_to_record(p.definition) as d (agents jsonb, concurrency_parts jsonb, deadline_ms bigint, tracing jsonb)
+    select p.hash, p.concurrency_parts, p.deadline_ms, p.is_traced, clock_timestamp() + m.clock_offset as now
+    into v_definition
+    from stepfast.pipeline_names n join stepfast.pipelines p on p.hash = n.hash, stepfast.meta m
     where n.name = p_pipeline;
     if not found then
         raise exception 'no pipeline is published as %', p_pipeline using errcode = 'SF001';
     end if;
-    if v_hash <> p_hash then
+    if v_definition.hash <> p_hash then
         return;
     end if;
+    v_now := v_definition.now;
 
     -- One at a time for a concurrency key: whoever enqueues next for it waits here until this one is visible.
-    if jsonb_array_length(v_parts) > 0 then
+    if jsonb_array_length(v_definition.concurrency_parts) > 0 then
         v_concurrency := '';
-        for v_part in select * from jsonb_array_elements(v_parts) loop
+        for v_part in select * from jsonb_array_elements(v_definition.concurrency_parts) loop
             v_value := coalesce(v_part->>'text', jsonb_build_object('input', p_input)
                                 #>> array(select jsonb_array_elements_text(v_part->'path')));
             if v_value is null then
@@ -71,8 +67,8 @@ begin
 
     insert into stepfast.runs (id, tenant, pipeline, pipeline_hash, state, input, input_hash, key, labels, priority,
                                concurrency_key, deadline_at, created_at, event_seq)
-    values (p_run, p_tenant, p_pipeline, v_hash, 'pending', p_input, v_input_hash, p_key, p_labels, p_priority,
-            v_concurrency, v_now + v_deadline_ms * interval '1 ms', v_now, 1)
+    values (p_run, p_tenant, p_pipeline, v_definition.hash, 'pending', p_input, v_input_hash, p_key, p_labels, p_priority,
+            v_concurrency, v_now + v_definition.deadline_ms * interval '1 ms', v_now, 1)
     on conflict (tenant, pipeline, key) where key is not null do nothing;
     if not found then
         select * into v_old from stepfast.runs r
@@ -104,16 +100,12 @@ begin
     end if;
 
     insert into stepfast.steps (run_id, agent, state, depends_on, snapshots, failure_mode, queue, max_worker_losses, priority, created_at)
-    select p_run, a->>'id', case when a->'depends_on' = '[]' and not v_waits then 'available' else 'pending' end,
-           array(select jsonb_array_elements_text(a->'depends_on')),
-           coalesce((select jsonb_object_agg(d->>'agent', d - '{agent,consistency}'::text[])
-                     from jsonb_array_elements(a->'declared') d where d->>'consistency' = 'snapshot'), '{}'),
-           a->>'failure_mode', a->>'queue',
-           (a->'retry_policy'->>'max_worker_losses')::int, p_priority, v_now
-    from jsonb_array_elements(v_agents) a;
+    select p_run, a.agent, case when a.depends_on = '{}' and not v_waits then 'available' else 'pending' end, a.depends_on,
+           a.snapshots, a.failure_mode, a.queue, a.max_worker_losses, p_priority, v_now
+    from stepfast.pipeline_agents a where a.pipeline_hash = v_definition.hash;
     insert into stepfast.events (run_id, seq, name, at, data)
-    values (p_run, 1, 'run.enqueued', v_now, jsonb_build_object('pipeline_hash', v_hash, 'input_hash', v_input_hash));
-    if v_tracing->'enabled' = 'true' and v_tracing->>'provider' <> 'logs' then
+    values (p_run, 1, 'run.enqueued', v_now, jsonb_build_object('pipeline_hash', v_definition.hash, 'input_hash', v_input_hash));
+    if v_definition.is_traced then
         insert into stepfast.traces (run_id, traceparent) values (p_run, left(p_traceparent, 100));
     end if;
     return query select p_run, true;

@@ -5,7 +5,10 @@
 -- snapshot that it may read. `p_send`: the caller is about to send the messages of those that are `sent`: all but those that
 -- must wait behind what is not sent yet.
 create function stepfast.release_steps(p_run uuid, p_send boolean, p_now timestamptz)
-returns table (agent text, item text, sent boolean) language sql volatile as $$
+returns table (agent text, item text, sent boolean) language plpgsql volatile as $$
+#variable_conflict use_column
+begin
+    return query
     with free as (
         select s.agent, s.item, p_send and not coalesce((
             select u.priority > s.priority or (u.priority = s.priority and u.created_at < s.created_at) from stepfast.steps u
@@ -20,8 +23,8 @@ returns table (agent text, item text, sent boolean) language sql volatile as $$
     update stepfast.steps s
     set state = 'available', sent_at = case when f.sent then p_now end, sends = s.sends + f.sent::int
     from free f where s.run_id = p_run and s.agent = f.agent and s.item = f.item
-    returning s.agent, s.item, f.sent
-$$;
+    returning s.agent, s.item, f.sent;
+end $$;
 
 -- Agents of a run whose effect may or may not have happened. Only a person has them done again.
 create function stepfast.unknown_agents(p_run uuid) returns text[] language sql stable as $$
@@ -44,9 +47,8 @@ create function stepfast.done_agents(p_run uuid, p_agents text[]) returns text[]
            or (not a.repeatable and a.reused_from is null and a.state in ('executing', 'completed'))
            or (exists (select from stepfast.effects e
                        where e.run_id = s.run_id and e.agent = s.agent and e.item = s.item and e.generation = a.generation)
-               and not exists (select from stepfast.runs r join stepfast.pipelines p on p.hash = r.pipeline_hash,
-                                           jsonb_array_elements(p.definition->'agents') d
-                               where r.id = p_run and d->>'id' = s.agent and d->'idempotent' = 'true')))
+               and not exists (select from stepfast.runs r join stepfast.pipeline_agents d on d.pipeline_hash = r.pipeline_hash
+                               where r.id = p_run and d.agent = s.agent and d.idempotent)))
 $$;
 
 -- Those of some agents that are executing, and whose attempt nobody may interrupt: its outcome would be unknown.
@@ -111,13 +113,14 @@ begin
 end $$;
 
 -- Whether something of a run was done without an output that came later: that of an agent that had failed under `continue`.
-create function stepfast.has_gap(p_run uuid) returns boolean language sql stable as $$
-    select exists (
+create function stepfast.has_gap(p_run uuid) returns boolean language plpgsql stable as $$
+begin
+    return exists (
         select from stepfast.steps u join stepfast.steps s on s.run_id = u.run_id and u.agent = any (s.depends_on)
         join stepfast.attempts a on a.run_id = s.run_id and a.id = s.attempt_id
         where u.run_id = p_run and u.failure_mode = 'continue' and a.started_at < u.ended_at and a.decided_by is null
-          and not (s.snapshots ? u.agent and a.reads ? u.agent))
-$$;
+          and not (s.snapshots ? u.agent and a.reads ? u.agent));
+end $$;
 
 -- Decides what a run does after its steps changed: skips what depends on what failed, releases what may start, and gives the
 -- run its state. Writes the run's row, with its last sequence number. `ready` are the steps that it made available.

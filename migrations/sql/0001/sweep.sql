@@ -13,7 +13,10 @@ create function stepfast.passed_max() returns integer language sql immutable as 
 -- them, after this commits: the highest priority first, then the oldest run. If the caller dies in between, `overdue` finds
 -- them. So many that p_max wait at the broker; none where more than p_waiting do; at most p_limit.
 create function stepfast.send_next(p_queue text, p_waiting integer, p_max integer, p_limit integer default 100)
-returns table (run_id uuid, pipeline_hash text, agent text, item text) language sql volatile as $$
+returns table (run_id uuid, pipeline_hash text, agent text, item text) language plpgsql volatile as $$
+#variable_conflict use_column
+begin
+    return query
     with waiting as materialized (
         select count(*)::integer as steps from (
             select from stepfast.steps where queue = p_queue and state = 'available' and sent_at is not null limit p_max) w),
@@ -29,8 +32,8 @@ returns table (run_id uuid, pipeline_hash text, agent text, item text) language 
         where s.run_id = t.run_id and s.agent = t.agent and s.item = t.item and s.state = 'available' and s.sent_at is null
         returning s.run_id, s.agent, s.item, s.priority, s.created_at)
     select m.run_id, r.pipeline_hash, m.agent, m.item from marked m join stepfast.runs r on r.id = m.run_id
-    order by m.priority desc, m.created_at, m.run_id, m.agent
-$$;
+    order by m.priority desc, m.created_at, m.run_id, m.agent;
+end $$;
 
 -- What comes next in each queue that has unsent steps (of one run, or of all): up to p_limit steps, of any runs, as send_next.
 create function stepfast.take_unsent_v1(p_run uuid, p_limit integer)
@@ -63,7 +66,10 @@ end $$;
 -- gives its messages in the order in which they were sent, so what was sent well before a step that executes now is not behind
 -- it: its message was lost, however long the queue is. (Five times p_resend_ms: clocks of senders, and messages given back.)
 create function stepfast.take_overdue_v1(p_queues text[], p_resend_ms integer, p_limit integer)
-returns table (run_id uuid, pipeline_hash text, agent text, item text) language sql volatile as $$
+returns table (run_id uuid, pipeline_hash text, agent text, item text) language plpgsql volatile as $$
+#variable_conflict use_column
+begin
+    return query
     with clock as materialized (select stepfast.now() as now, p_resend_ms * interval '1 ms' as resend),
     lost as (
         select queue, 'infinity'::timestamptz as sent_before from unnest(p_queues) queue
@@ -80,8 +86,8 @@ returns table (run_id uuid, pipeline_hash text, agent text, item text) language 
     update stepfast.steps s set sent_at = stepfast.now(), sends = s.sends + 1
     from taken t join stepfast.runs r on r.id = t.run_id
     where s.run_id = t.run_id and s.agent = t.agent and s.item = t.item and s.state = 'available'
-    returning s.run_id, r.pipeline_hash, s.agent, s.item
-$$;
+    returning s.run_id, r.pipeline_hash, s.agent, s.item;
+end $$;
 
 -- What a worker says of the processes that it started: those that ended are dead at once; those that live keep their lease,
 -- also where a call into C holds their interpreter for longer. Returns the dead.

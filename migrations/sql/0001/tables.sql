@@ -17,8 +17,26 @@ create table stepfast.pipelines (
     name text not null,
     version text not null,
     definition jsonb not null,
+    -- What starting a run needs of it, which is thereby neither decompressed nor parsed for each.
+    concurrency_parts jsonb generated always as (definition->'concurrency_parts') stored,
+    deadline_ms bigint generated always as ((definition->>'deadline_ms')::bigint) stored,
+    is_traced boolean generated always as (
+        coalesce(definition->'tracing'->'enabled' = 'true' and definition->'tracing'->>'provider' <> 'logs', false)) stored,
     published_at timestamptz not null,
     unique (name, version)
+);
+
+-- Likewise of its agents: what a step of a new run begins with.
+create table stepfast.pipeline_agents (
+    pipeline_hash text not null references stepfast.pipelines (hash) on delete cascade,
+    agent text not null,
+    depends_on text[] not null,
+    snapshots jsonb not null,
+    failure_mode text not null,
+    queue text not null,
+    max_worker_losses integer not null,
+    idempotent boolean not null,
+    primary key (pipeline_hash, agent)
 );
 
 -- A name points to the definition that new runs take; publishing moves it.
