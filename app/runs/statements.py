@@ -91,13 +91,15 @@ HAND_OVER = call("hand_over_v1", ("worker", BigInteger()), ("limit", Integer()))
 PUBLISH = text("""
     with new as (
         insert into stepfast.pipelines (hash, name, version, definition, published_at)
-        values (:hash, :name, :version, :definition, stepfast.now()) on conflict (hash) do nothing returning hash, definition)
-    insert into stepfast.pipeline_agents (pipeline_hash, agent, depends_on, snapshots, failure_mode, queue, max_worker_losses,
-                                          idempotent)
+        values (:hash, :name, :version, :definition, stepfast.now()) on conflict (hash) do nothing
+        returning hash, definition)
+    insert into stepfast.pipeline_agents
+        (pipeline_hash, agent, depends_on, snapshots, failure_mode, queue, max_worker_losses, idempotent)
     select new.hash, a->>'id', array(select jsonb_array_elements_text(a->'depends_on')),
            coalesce((select jsonb_object_agg(d->>'agent', d - cast('{agent,consistency}' as text[]))
                      from jsonb_array_elements(a->'declared') d where d->>'consistency' = 'snapshot'), '{}'),
-           a->>'failure_mode', a->>'queue', cast(a->'retry_policy'->>'max_worker_losses' as integer), a->'idempotent' = 'true'
+           a->>'failure_mode', a->>'queue', cast(a->'retry_policy'->>'max_worker_losses' as integer),
+           a->'idempotent' = 'true'
     from new, jsonb_array_elements(new.definition->'agents') a
 """).bindparams(bindparam("definition", type_=_JSON))
 MOVE_NAME = text("""
