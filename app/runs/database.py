@@ -76,12 +76,10 @@ def engine(url: str, *, pool_max: int, name: str = "") -> "Engine":
             "options": options,
             # migrations/sql/0001/sweep.sql looks for it.
             "application_name": name or f"stepfast {os.getpid()}@{socket.gethostname()}",
-            # A prepared statement belongs to a session, which a pooler gives to somebody else meanwhile. Ours call one
-            # function each: there is nothing to gain by preparing them.
-            "prepare_threshold": None,
         },
     )
     _without_options_behind_a_pooler(made)
+    _prepare_in_sessions_of_our_own(made)
     return made
 
 
@@ -99,6 +97,19 @@ def _without_options_behind_a_pooler(made: "Engine") -> None:
                     raise
                 refused.append(str(error))
         return dialect.connect(*args, **{name: value for name, value in given.items() if name != "options"})
+
+
+def _prepare_in_sessions_of_our_own(made: "Engine") -> None:
+    """A statement is planned once a session: planning takes a quarter of a claim.
+
+    A pooler gives the session to somebody else meanwhile. It is known by this: the session's process is not the one
+    that the connection was told of.
+    """
+
+    @event.listens_for(made, "connect")
+    def connected(connection: "Any", _record: object) -> None:  # noqa: ANN401  # psycopg's, adapted
+        own = connection.execute("select pg_backend_pid()", prepare=False).fetchone()[0] == connection.info.backend_pid
+        connection.prepare_threshold = 0 if own else None
 
 
 def is_outage(error: DBAPIError) -> bool:
