@@ -5,17 +5,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from benches import Bench
+from benches import ERROR, Bench
 from conftest import eventually
 from pipelines import agent, line, pipeline
 from receiving import receiving
+from test_timeline import PAID, lose_worker
 from test_traces import environ, whole
 from working import emitting
 
 from app.execution import tracing
 from app.pipelines.model import Tracing
 from app.runs.database import engine
-from app.runs.store import Store
+from app.runs.store import Ending, Paid, Store
 
 OTLP = Tracing(enabled=True, provider="otlp", log_inputs=True, log_outputs=True)
 LANGFUSE = replace(OTLP, provider="langfuse")
@@ -193,3 +194,35 @@ def test_what_a_provider_took_of_a_long_run_is_not_sent_again(bench, receiver, e
         eventually(lambda: due(bench, run_id) is None, what="the rest")
     ids = [span.id for span in receiver.of(run_id)]
     assert len(ids) == len(set(ids)) == 1 + 2 * len(names)
+
+
+def test_an_unknown_price_is_no_zero(bench, receiver, exporting):
+    """Where one call's price is not known, what it is part of says no cost; a handler's is 0."""
+    definition = replace(pipeline(agent("a"), agent("b", "a", handler="handlers:b")), tracing=OTLP)
+    run_id = bench.start(definition)
+    bid, _ = bench.claim(run_id, "a")
+    bench.store.complete(bid.step, bid.attempt_id, {}, Paid("claude-new", "req", PAID.usage, None))
+    bench.do(run_id, "b")
+    with exporting(**environ(receiver, "otlp")):
+        whole(receiver, run_id)
+    costs = {span.name: span.attributes.get("stepfast.cost_usd", "unknown") for span in receiver.of(run_id)}
+    unknown = ["a", "a attempt 1", "tested"]
+    assert (sorted(name for name in costs if costs[name] == "unknown"), costs["b"], costs["b attempt 1"]) == (
+        unknown,
+        0,
+        0,
+    )
+
+
+def test_a_call_whose_answer_came_too_late_counts(bench, receiver, exporting):
+    """It was paid for: its attempt, its step and the run say so."""
+    run_id = bench.start(replace(line("a"), tracing=OTLP))
+    slow, _ = bench.claim(run_id, "a")
+    lose_worker(bench)
+    bid, _ = bench.claim(run_id, "a")
+    assert bench.store.fail(slow.step, slow.attempt_id, ERROR, PAID, Ending("discard")).outcome == "stale"
+    bench.store.complete(bid.step, bid.attempt_id, {}, PAID)
+    with exporting(**environ(receiver, "otlp")):
+        whole(receiver, run_id)
+    costs = {span.name: span.attributes["stepfast.cost_usd"] for span in receiver.of(run_id)}
+    assert costs == {"tested": 0.02, "a": 0.02, "a attempt 1": 0.01, "a attempt 2": 0.01}

@@ -251,8 +251,9 @@ def _segments(created_at: datetime, turns: "list[Json]") -> list[Segment]:
 
 
 def _cost(entries: "list[Json]") -> Attributes:
-    """US dollars. Not by the name that providers add up: they count the calls."""
-    return {"stepfast.cost_usd": float(sum(entry["cost_usd"] or 0 for entry in entries))}
+    """US dollars, where every call has a price. Not by the name that providers add up: they count the calls."""
+    costs = [entry["cost_usd"] if entry["usage"] else 0 for entry in entries]
+    return {} if None in costs else {"stepfast.cost_usd": sum(map(float, costs))}
 
 
 def _ns(at: datetime) -> int:

@@ -93,7 +93,10 @@ class Traces:
             return connection.execute(_GIVE_UP, values).rowcount
 
     def record(self, run_id: UUID) -> "Json":
-        """{"run", "steps", "attempts" (without outputs, oldest first), "turns": [{"name", "at"}]}, each row a dict."""
+        """{"run", "steps", "attempts" (without outputs, oldest first), "turns": [{"name", "at"}]}, each row a dict.
+
+        What a lost attempt came with too late stands at it: it was paid for.
+        """
         turns = select(events.c.name, events.c.at).where(events.c.run_id == run_id, events.c.name.in_((*ENDS, RESUMED)))
         error = attempts.c.error
         tried = select(
@@ -101,6 +104,9 @@ class Traces:
             error["code"].astext.label("code"),
             func.left(error["message"].astext, ERROR_MAX_CHARS).label("message"),
         ).where(attempts.c.run_id == run_id)
+        fenced = select(events.c.attempt_id, events.c.data).where(
+            events.c.run_id == run_id, events.c.name == "step.fenced"
+        )
         with self._engine.connect() as connection:
 
             def rows(query: "Select[Any]") -> "list[Json]":
@@ -112,6 +118,10 @@ class Traces:
                 "steps": rows(select(*(steps.c[name] for name in _STEP)).where(steps.c.run_id == run_id)),
                 "attempts": rows(tried.order_by(attempts.c.started_at, attempts.c.number).limit(ATTEMPTS_MAX)),
             }
+            if any(entry["state"] == "lost" for entry in found["attempts"]):
+                paid = {row["attempt_id"]: row["data"] for row in rows(fenced.limit(ATTEMPTS_MAX))}
+                for entry in found["attempts"]:
+                    entry |= {name: paid[entry["id"]][name] for name in ("usage", "cost_usd") if entry["id"] in paid}
             return found
 
     def output(self, run_id: UUID, attempt_id: UUID) -> "Json | None":
