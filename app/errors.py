@@ -99,11 +99,13 @@ class NotReady(StepfastError):
 class AgentError(StepfastError):
     """One attempt failed. `code` is stable and goes into rows, logs and dead letters; `who` must act on it.
 
-    `usage` and `cost_usd` are filled where the failed call was paid for; `details` is JSON for the dead letter.
+    `usage` and `cost_usd` are filled where the failed call was paid for; `details` is JSON for the dead letter. Where
+    `message` quotes what went in, `unquoted` says the same without: the file may keep values out of the logs.
     """
 
     code: ClassVar[str] = "agent_error"
     who: ClassVar[Who] = "retry"
+    unquoted: str = ""
 
     def __init__(
         self,

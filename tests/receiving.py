@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,12 +32,16 @@ class Received:
 
 @dataclass
 class Receiver:
-    """`requests` are the path and the headers of each. While `hangs` is set, none is answered."""
+    """`requests` are the path and the headers of each. While `hangs` is set, none is answered.
+
+    `refuses` says of the spans of a request whether it is answered by 413.
+    """
 
     url: str
     spans: list[Received] = field(default_factory=list)
     requests: list[tuple[str, dict]] = field(default_factory=list)
     status: int = 200
+    refuses: Callable[[list[Received]], bool] = lambda _spans: False
     hangs: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -91,11 +96,16 @@ def receiving():
             if receiver.hangs.is_set():
                 receiver.released.wait(60)
                 return
-            if receiver.status == 200:
-                for of_resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                    for of_scope in of_resource.scope_spans:
-                        receiver.spans.extend(map(_received, of_scope.spans))
-            self.send_response(receiver.status)
+            spans = [
+                _received(span)
+                for of_resource in ExportTraceServiceRequest.FromString(body).resource_spans
+                for of_scope in of_resource.scope_spans
+                for span in of_scope.spans
+            ]
+            status = 413 if receiver.refuses(spans) else receiver.status
+            if status == 200:
+                receiver.spans.extend(spans)
+            self.send_response(status)
             self.send_header("content-length", "0")
             self.end_headers()
 

@@ -202,7 +202,10 @@ def test_world_that_moves_while_a_person_decides(system, here, write_skill, repo
     assert _outputs(system.ended(run))["apply"] == {"head": new, "planned": new}
     (rerun,) = system.logged("step.rerun")
     assert (rerun["code"], rerun["agent"]) == ("stale_input", "apply")
-    assert new in rerun["message"]
+    # From what to what, the file does not let the logs say.
+    assert rerun["message"] == "repo, which survey observed, has changed."
+    told = [entry["error"]["message"] for entry in found["steps"][2]["tries"] if entry["error"]]
+    assert [new in message for message in told] == [True]
     _rules_hold(here)
 
 

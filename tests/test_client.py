@@ -353,6 +353,8 @@ def test_input_by_plain_sql_fails_the_run(system, here, database_url, pipeline):
     error = run["steps"][0]["tries"][0]["error"]
     assert (run["state"], error["code"]) == ("failed", "invalid_input")
     assert "'x' is not of type 'integer'" in error["message"]
+    (discarded,) = system.logged("step.discarded")
+    assert discarded["message"] == "The run's input is not one that the pipeline takes."  # the logs quote no input
     assert fetch(database_url, "select held from stepfast.v_failed_runs") == [("invalid_input",)]
 
 

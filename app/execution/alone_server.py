@@ -26,6 +26,6 @@ def _leave_it_to_the_worker(_number: int, _frame: object) -> None:
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, _leave_it_to_the_worker)
 claude.warm_up()
-if traces.is_configured(settings.load()):
+if traces.reachable(settings.load()):
     traces.warm_up()
 gc.freeze()  # what is never looked at again is never copied

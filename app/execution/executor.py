@@ -35,6 +35,7 @@ from app.execution import cached, canvas, tracing
 from app.execution.effects import RecordedEffects
 from app.execution.outcome import decide
 from app.execution.persistence import OUTAGE_MAX_S, through_outage
+from app.execution.trace_record import shows_errors
 from app.observe import traces
 from app.observe.vendors import Kind
 from app.pipelines import expressions
@@ -224,7 +225,9 @@ def _check_run_input(attempt: Attempt) -> None:
     try:
         check_input(attempt.claim.input, attempt.worker.settings.input_max_bytes, attempt.pipeline.input_schema)
     except Misuse as error:
-        raise InvalidInput(error.message, next_step="Start another run, with an input that fits.") from error
+        invalid = InvalidInput(error.message, next_step="Start another run, with an input that fits.")
+        invalid.unquoted = "The run's input is not one that the pipeline takes."
+        raise invalid from error
 
 
 def _check_world(attempt: Attempt) -> None:
@@ -244,7 +247,7 @@ def _check_world(attempt: Attempt) -> None:
                 next_step=f"Once it stays as it is: stepfast resume {attempt.step.run_id}",
                 details={"values": {f"{observer}.{name}": {"old": seen["value"], "new": now}}},
             )
-            stale.agent = observer
+            stale.agent, stale.unquoted = observer, f"{name}, which {observer} observed, has changed."
             raise stale
 
 
@@ -264,7 +267,8 @@ def _check_gate(attempt: Attempt) -> None:
             error.details = {**error.details, "values": values}
             raise
         told.attributes["stepfast.gate.held"] = verdict.held
-    events.emit(Event.STEP_GATE, gate=attempt.agent.gate, held=verdict.held, values=values)
+    shown = {"values": values} if _logs_values(attempt) and attempt.pipeline.tracing.log_inputs else {}
+    events.emit(Event.STEP_GATE, gate=attempt.agent.gate, held=verdict.held, **shown)
     if not verdict.held:
         saw = ", ".join(f"{name} = {value!r}" for name, value in values.items())
         refused = GateRefused(
@@ -273,6 +277,7 @@ def _check_gate(attempt: Attempt) -> None:
             details={"gate": attempt.agent.gate, "values": values},
         )
         refused.read = _read_by(gate, attempt.claim)
+        refused.unquoted = f"The gate {attempt.agent.gate} does not hold."
         raise refused
     reach(CrashPoint.GATE_AFTER, attempt.agent.id)
 
@@ -343,7 +348,7 @@ def _work(attempt: Attempt) -> Work:
 def _call(attempt: Attempt) -> Answer:
     work = _work(attempt)
     _warn_once_a_run(attempt)
-    logged, settings = attempt.shown_by == traces.LOGS, attempt.worker.settings
+    logged, settings = _logs_values(attempt), attempt.worker.settings
     if logged and attempt.pipeline.tracing.log_inputs:
         events.emit(Event.STEP_INPUT, inputs=capped(_inputs_to_show(attempt), settings.log_value_max_bytes))
     reach(CrashPoint.CALL_BEFORE, attempt.agent.id)
@@ -360,6 +365,11 @@ def _call(attempt: Attempt) -> Answer:
         shown = redact(answer.output, attempt.agent.schema)
         events.emit(Event.STEP_OUTPUT, output=capped(shown, settings.log_value_max_bytes))
     return answer
+
+
+def _logs_values(attempt: Attempt) -> bool:
+    """Whether the logs are where this run's values are shown, those that the file lets be."""
+    return attempt.shown_by == traces.LOGS
 
 
 def _inputs_to_show(attempt: Attempt) -> "Json":
@@ -430,10 +440,11 @@ def _fail(attempt: Attempt, error: AgentError) -> Result:
     if ended.outcome == "stale":
         events.emit(Event.STEP_STALE_CLAIM, state="fenced", code=error.code)
         return Result("stale")
+    quotes = _logs_values(attempt) and shows_errors(attempt.pipeline)
     events.emit(
         Event.STEP_DISCARDED if ended.outcome == "discarded" else _FAILED[ending.action],
         code=error.code,
-        message=stored["message"],
+        message=stored["message"] if quotes else error.unquoted or stored["message"],
         retry_ms=ending.retry_ms,
         cost_usd=error.cost_usd,
     )

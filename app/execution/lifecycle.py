@@ -42,7 +42,7 @@ def _warm_up(instance: Any, **_: Any) -> None:  # noqa: ANN401
         from app.agents import claude
 
         claude.warm_up()
-    if traces.is_configured(settings.load()):
+    if traces.reachable(settings.load()):
         traces.warm_up()
     if issubclass(instance.pool_cls, PreforkPool):
         _be_a_parent(instance)

@@ -1,4 +1,4 @@
-"""From what is recorded of a run to the spans of its segments, steps and attempts: pure.
+"""From what is recorded of a run to the spans of its segments, steps and attempts. Pure, but that it reads outputs.
 
 A segment is a run from its start, or from its resume, to its end; later ones are linked to the one before, and stand
 under the first. Its steps stand under it: one span for an agent, a generation and a segment, over all attempts. What
@@ -7,6 +7,7 @@ was exported before is left out, and so is what may still go on.
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -17,7 +18,7 @@ from app.redaction import capped, cut_json, redact
 from app.runs.traces import ENDS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from app.pipelines.model import Json, Pipeline
     from app.runs.traces import Due
@@ -35,11 +36,22 @@ class Segment:
 
 
 class Record:
-    """One run's record, and what of it is to be exported now. `value_max_bytes` bounds what is shown of a value."""
+    """One run's record, and what of it is to be exported now. `value_max_bytes` bounds what is shown of a value.
 
-    def __init__(self, found: "Json", pipeline: "Pipeline", due: "Due", value_max_bytes: int) -> None:
+    `read` gives an attempt's output. Each is read once, and only what is shown of it is kept: a run may have gigabytes.
+    """
+
+    def __init__(
+        self,
+        found: "Json",
+        pipeline: "Pipeline",
+        due: "Due",
+        value_max_bytes: int,
+        read: "Callable[[UUID], Json | None]",
+    ) -> None:
         self.run, self.steps = found["run"], {step["agent"]: step for step in found["steps"]}
         self._pipeline, self._due, self._value_max_bytes = pipeline, due, value_max_bytes
+        self._read, self._outputs = read, dict[UUID, object]()
         self._segments = _segments(self.run["created_at"], found["turns"])
         self._tries: dict[tuple[str, int, int], list[Json]] = {}
         for entry in found["attempts"]:
@@ -48,28 +60,16 @@ class Record:
         self._ended = [entry for entry in found["attempts"] if entry["ended_at"] and not self._sent_attempt(entry)]
         self._over = [key for key in self._tries if self._is_over(key) and not self._sent(self._step_id(key))]
 
-    def needed(self) -> set[UUID]:
-        """The attempts whose outputs are shown."""
-        tracing, ids = self._pipeline.tracing, set[UUID]()
-        if tracing.log_inputs:
-            ids |= {UUID(read["attempt"]) for entry in self._ended for read in entry["reads"].values()}
-        if tracing.log_outputs:
-            ids |= {entry["id"] for entry in self._ended}
-            ids |= {self._tries[key][-1]["id"] for key in self._over}
-            if self._segments[-1].end:
-                ids |= {self.steps[agent]["attempt_id"] for agent in self._last_agents()} - {None}
-        return ids
-
-    def spans(self, outputs: "Mapping[UUID, Json]") -> list[Span]:
-        """What is to be exported now: parents before their children."""
+    def waiting(self) -> "list[Callable[[], Span]]":
+        """What is to be exported now, parents before their children. Each is made when it is called."""
         return [
             *(
-                self._of_segment(number, outputs)
+                partial(self._of_segment, number)
                 for number, segment in enumerate(self._segments)
                 if segment.end and not self._sent(self._segment_id(number))
             ),
-            *(self._of_step(key, outputs) for key in self._over),
-            *(self._of_attempt(entry, outputs) for entry in self._ended),
+            *(partial(self._of_step, key) for key in self._over),
+            *(partial(self._of_attempt, entry) for entry in self._ended),
         ]
 
     # Ids.
@@ -101,7 +101,7 @@ class Record:
 
     # Spans.
 
-    def _of_segment(self, number: int, outputs: "Mapping[UUID, Json]") -> Span:
+    def _of_segment(self, number: int) -> Span:
         run, segment, pipeline = self.run, self._segments[number], self._pipeline
         assert segment.end is not None
         tries = [entry for key, entries in self._tries.items() if key[2] == number for entry in entries]
@@ -112,16 +112,13 @@ class Record:
             "stepfast.tenant": run["tenant"],
             "stepfast.state": segment.state,
             "stepfast.segment": number + 1,
-            "stepfast.cost_usd": _cost(tries),
+            **_cost(tries),
         }
         if run["labels"]:
             attributes["stepfast.labels"] = canonical_json(capped(run["labels"], _LABELS_MAX_BYTES))
         shown_out = None
         if pipeline.tracing.log_outputs and number == len(self._segments) - 1:
-            last = {agent: self.steps[agent]["attempt_id"] for agent in self._last_agents()}
-            shown_out = self._cut(
-                {agent: self._output(agent, of, outputs) for agent, of in last.items() if of in outputs}
-            )
+            shown_out = self._shown({agent: self.steps[agent]["attempt_id"] for agent in self._last_agents()})
         link = (run["id"].int, self._segment_id(number - 1)) if number else _linked(self._due.traceparent)
         return Span(
             Kind.RUN,
@@ -132,12 +129,12 @@ class Record:
             _ns(segment.end),
             attributes,
             error=None if segment.state == "completed" else segment.state,
-            shown_in=self._cut(redact(run["input"], pipeline.input_schema)) if pipeline.tracing.log_inputs else None,
+            shown_in=self._shown_input if pipeline.tracing.log_inputs else None,
             shown_out=shown_out,
             link=link,
         )
 
-    def _of_step(self, key: tuple[str, int, int], outputs: "Mapping[UUID, Json]") -> Span:
+    def _of_step(self, key: tuple[str, int, int]) -> Span:
         agent, generation, segment = key
         tries, step = self._tries[key], self.steps[agent]
         last = tries[-1]
@@ -153,7 +150,7 @@ class Record:
             "stepfast.generation": generation,
             "stepfast.attempts": len(tries),
             "stepfast.state": state,
-            "stepfast.cost_usd": _cost(tries),
+            **_cost(tries),
         }
         return Span(
             Kind.STEP,
@@ -164,10 +161,10 @@ class Record:
             _ns(end),
             attributes,
             error=None if state == "completed" else self._error(last) or state,
-            shown_out=self._shown_out(last, outputs),
+            shown_out=self._shown_out(last),
         )
 
-    def _of_attempt(self, entry: "Json", outputs: "Mapping[UUID, Json]") -> Span:
+    def _of_attempt(self, entry: "Json") -> Span:
         agent = entry["agent"]
         attributes: Attributes = {
             **self._names(),
@@ -176,19 +173,18 @@ class Record:
             "stepfast.generation": entry["generation"],
             "stepfast.number": entry["number"],
             "stepfast.state": entry["state"],
-            "stepfast.cost_usd": _cost([entry]),
+            **_cost([entry]),
             "gen_ai.operation.name": "invoke_agent",
             "gen_ai.agent.name": agent,
         }
         of_some = {"worker": entry["worker_id"], "by": entry["decided_by"], "reused_from": entry["reused_from"]}
         attributes |= {f"stepfast.{name}": str(value) for name, value in of_some.items() if value is not None}
-        if entry["error"]:
-            attributes["stepfast.code"] = entry["error"]["code"]
+        if entry["code"]:
+            attributes["stepfast.code"] = entry["code"]
         shown_in = None
         if self._pipeline.tracing.log_inputs:
-            read = {name: UUID(of["attempt"]) for name, of in entry["reads"].items()}
-            given = {name: self._output(name, of, outputs) for name, of in read.items() if of in outputs}
-            shown_in = self._cut({"input": redact(self.run["input"], self._pipeline.input_schema), "outputs": given})
+            given = self._shown({name: UUID(of["attempt"]) for name, of in entry["reads"].items()})
+            shown_in = self._cut({"input": self._shown_input, "outputs": given})
         return Span(
             Kind.ATTEMPT,
             f"{agent} attempt {entry['number']}",
@@ -199,7 +195,7 @@ class Record:
             attributes,
             error=self._error(entry),
             shown_in=shown_in,
-            shown_out=self._shown_out(entry, outputs),
+            shown_out=self._shown_out(entry),
         )
 
     # What is shown.
@@ -208,15 +204,27 @@ class Record:
         return {"stepfast.run_id": str(self.run["id"]), "stepfast.pipeline": self._pipeline.name}
 
     def _error(self, entry: "Json") -> str | None:
-        return error_text(entry["error"], shows_errors(self._pipeline)) if entry["error"] else None
+        return error_text(entry, shows_errors(self._pipeline)) if entry["code"] else None
 
-    def _output(self, agent: str, attempt: UUID, outputs: "Mapping[UUID, Json]") -> object:
-        return redact(outputs[attempt], self._pipeline.by_id[agent].schema)
+    @cached_property
+    def _shown_input(self) -> object:
+        return self._cut(redact(self.run["input"], self._pipeline.input_schema))
 
-    def _shown_out(self, entry: "Json", outputs: "Mapping[UUID, Json]") -> object:
-        if not self._pipeline.tracing.log_outputs or entry["id"] not in outputs:
-            return None
-        return self._cut(self._output(entry["agent"], entry["id"], outputs))
+    def _output(self, agent: str, attempt: UUID) -> object:
+        """What is shown of an output; None where there is none."""
+        if attempt not in self._outputs:
+            output = self._read(attempt)
+            shown = None if output is None else self._cut(redact(output, self._pipeline.by_id[agent].schema))
+            self._outputs[attempt] = shown
+        return self._outputs[attempt]
+
+    def _shown(self, attempts: "Mapping[str, UUID | None]") -> object:
+        """The outputs of these attempts, by agent, of those that have any."""
+        found = {agent: self._output(agent, attempt) for agent, attempt in attempts.items() if attempt}
+        return self._cut({agent: output for agent, output in found.items() if output is not None})
+
+    def _shown_out(self, entry: "Json") -> object:
+        return self._output(entry["agent"], entry["id"]) if self._pipeline.tracing.log_outputs else None
 
     def _cut(self, value: object) -> object:
         return cut_json(value, self._value_max_bytes)
@@ -242,9 +250,10 @@ def _segments(created_at: datetime, turns: "list[Json]") -> list[Segment]:
     return found
 
 
-def _cost(entries: "list[Json]") -> float:
-    """US dollars. Not by the name that providers add up: they count the calls."""
-    return float(sum(entry["cost_usd"] or 0 for entry in entries))
+def _cost(entries: "list[Json]") -> Attributes:
+    """US dollars, where every call has a price. Not by the name that providers add up: they count the calls."""
+    costs = [entry["cost_usd"] if entry["usage"] else 0 for entry in entries]
+    return {} if None in costs else {"stepfast.cost_usd": sum(map(float, costs))}
 
 
 def _ns(at: datetime) -> int:

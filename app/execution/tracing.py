@@ -1,8 +1,8 @@
 """Runs in the traces of a provider: what executes, as it happens; and what is recorded, by a thread of each worker.
 
-The thread looks for runs of which an attempt, a step or all has ended since (the outbox `stepfast.traces`), and exports
-what their record says. So a trace is whole whoever ended a run, and whatever was killed meanwhile: a command, a page, a
-sweep. A provider that is away is tried again for a day.
+The thread, one for each provider that this worker reaches, looks for runs of which an attempt, a step or all has ended
+since (the outbox `stepfast.traces`), and exports what their record says. So a trace is whole whoever ended a run, and
+whatever was killed meanwhile: a command, a page, a sweep. What a provider does not take is tried again for a day.
 """
 
 import threading
@@ -12,12 +12,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from app import events
 from app.agents.work import Answer, Work
 from app.clock import monotonic_s
-from app.errors import AgentError, StepfastError
+from app.errors import AgentError
 from app.events import Event
 from app.execution.trace_record import Record, shows_errors
 from app.observe import traces
@@ -38,7 +36,11 @@ EVERY_S = 0.5
 TAKEN_AT_ONCE_MAX = 4
 LEASE_S = 30.0
 STOP_MAX_S = 0.8
+# After what last happened in a run.
 TRIED_MAX = timedelta(days=1)
+GIVE_UP_EVERY_S = 60.0
+GIVEN_UP_AT_ONCE_MAX = 500
+_ROUNDS_MAX = 1_000
 WARN_EVERY_S = 60.0
 
 
@@ -122,90 +124,116 @@ def _messages(work: Work, pipeline: "Pipeline", settings: "Settings") -> tuple[s
 
 
 class Tracer:
-    """Exports what is recorded of runs that are due, until it is stopped."""
+    """Exports what is recorded of runs that are due at one provider, until it is stopped."""
 
-    def __init__(self, current: "Callable[[], Worker]") -> None:
+    def __init__(self, current: "Callable[[], Worker]", provider: str) -> None:
         self._current = current
+        self._provider = provider
         self._stopping = threading.Event()
-        self._warned_s = -WARN_EVERY_S
-        self._thread = threading.Thread(target=self._run, name="stepfast-tracer", daemon=True)
+        self._gave_up_s = -GIVE_UP_EVERY_S
+        self._warned_s: dict[str, float] = {}
+        self._thread = threading.Thread(target=self._run, name=f"stepfast-tracer-{provider}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Looks a last time, for STOP_MAX_S. What is left is another worker's, or the next one's."""
+        """Has it look a last time."""
         self._stopping.set()
-        self._thread.join(STOP_MAX_S)
+
+    def join(self, within_s: float) -> None:
+        """Waits for that. What is left is another worker's, or the next one's."""
+        self._thread.join(max(0.0, within_s))
 
     def _run(self) -> None:
         last = False
         while not last:
             last = self._stopping.wait(EVERY_S)
             try:
-                while export_due(self._current(), self._warn):
-                    pass
-            except (SQLAlchemyError, StepfastError):  # the sweep says so
-                pass
+                self._look(Traces(self._current().store.engine))
             except Exception as error:  # noqa: BLE001  # whatever it was, it is tried again
-                self._warn(repr(error))
+                self._warn(error)
 
-    def _warn(self, why: str, provider: str = "") -> None:
-        if monotonic_s() - self._warned_s >= WARN_EVERY_S:
-            self._warned_s = monotonic_s()
-            events.emit(Event.TRACES_LATE, provider=provider, message=why)
+    def _look(self, outbox: Traces) -> None:
+        if monotonic_s() - self._gave_up_s >= GIVE_UP_EVERY_S:
+            self._gave_up_s = monotonic_s()
+            for _ in range(_ROUNDS_MAX):
+                given_up = outbox.give_up(traces.PROVIDERS, TRIED_MAX.total_seconds(), GIVEN_UP_AT_ONCE_MAX)
+                if given_up < GIVEN_UP_AT_ONCE_MAX:
+                    break
+        while export_due(self._current(), self._provider, self._warn):
+            pass
+
+    def _warn(self, error: Exception) -> None:
+        """Once a while for each cause: they are few, and one must not hide another."""
+        cause = type(error).__name__
+        if monotonic_s() - self._warned_s.get(cause, -WARN_EVERY_S) >= WARN_EVERY_S:
+            self._warned_s[cause] = monotonic_s()
+            said = str(error).splitlines()[:1]  # of Postgres', the rest is the statement
+            message = ": ".join((cause, *said))
+            events.emit(Event.TRACES_LATE, provider=self._provider, message=message)
 
 
-def export_due(worker: "Worker", warn: "Callable[[str, str], None]") -> bool:
-    """Exports what is due of a few runs. Returns whether there may be more; False where a provider takes nothing."""
+class NotTaken(Exception):
+    """A provider refused, or did not answer."""
+
+
+def export_due(worker: "Worker", provider: str, warn: "Callable[[Exception], None]") -> bool:
+    """Exports what is due of a few runs. What fails is due again after LEASE_S.
+
+    Returns whether there may be more; False where something failed, so that there is a pause.
+    """
     outbox = Traces(worker.store.engine)
-    taken = outbox.take(LEASE_S, TAKEN_AT_ONCE_MAX)
+    taken = outbox.take(provider, LEASE_S, TAKEN_AT_ONCE_MAX)
+    more, failed = len(taken) == TAKEN_AT_ONCE_MAX, False
     for due in taken:
         try:
-            why, provider = _export(worker, outbox, due)
-        except (SQLAlchemyError, StepfastError):
-            raise
-        except Exception:
-            outbox.confirm(due, ())  # a run that cannot be shown must not stand before others for ever
-            raise
-        if why:
-            warn(why, provider)
-            return False
-    return len(taken) == TAKEN_AT_ONCE_MAX
+            more |= _export(worker, outbox, due, provider)
+        except Exception as error:  # noqa: BLE001  # it is this run's alone: those after it must not wait for it
+            warn(error)
+            failed = True
+    return more and not failed
 
 
-def _export(worker: "Worker", outbox: Traces, due: Due) -> tuple[str, str]:
-    """Why it failed, or "", and the provider."""
+def _export(worker: "Worker", outbox: Traces, due: Due, provider: str) -> bool:
+    """Exports what is due of a run, or a part of it. Returns whether there is more. Raises NotTaken."""
     found = outbox.record(due.run_id)
-    pipeline = worker.definition(found["run"]["pipeline_hash"])
-    provider = destination(pipeline, due.run_id, worker.settings)
-    ended_at = found["run"]["ended_at"]
-    if provider in {"", traces.LOGS} or (ended_at and ended_at < due.taken - TRIED_MAX):
+    run, changed = found["run"], [found["run"], *found["steps"], *found["attempts"]]
+    if max(row["ended_at"] or run["created_at"] for row in changed) < due.taken - TRIED_MAX:
         outbox.confirm(due, ())
-        return "", provider
-    record = Record(found, pipeline, due, worker.settings.trace_value_max_bytes)
-    needed = record.needed()
-    spans = record.spans(outbox.outputs(due.run_id, needed) if needed else {})
-    why = traces.outlet(provider, worker.settings).export(due.run_id, pipeline.name, spans) if spans else ""
-    if not why:
-        outbox.confirm(due, {f"{span.id:016x}" for span in spans})
-    return why, provider
+        return False
+    pipeline = worker.definition(run["pipeline_hash"])
+    if not traces.is_sampled(due.run_id, pipeline.tracing.sample_rate):
+        outbox.confirm(due, ())
+        return False
+    limit = worker.settings.trace_value_max_bytes
+    record = Record(found, pipeline, due, limit, lambda attempt: outbox.output(due.run_id, attempt))
+    waiting = record.waiting()
+    spans = [make() for make in waiting[: traces.BATCH_MAX_SPANS]]
+    if spans and (why := traces.outlet(provider, worker.settings).export(due.run_id, pipeline.name, spans)):
+        raise NotTaken(why)
+    more = len(waiting) > len(spans)
+    outbox.confirm(due, {f"{span.id:016x}" for span in spans}, more=more)
+    return more
 
 
 _tracers: list[Tracer] = []
 
 
 def start(current: "Callable[[], Worker]", settings: "Settings") -> None:
-    """Starts this worker's Tracer, where it can reach a provider."""
-    if traces.is_configured(settings):
-        tracer = Tracer(current)
+    """Starts this worker's Tracers, one for each provider that it reaches: none waits for another that is away."""
+    for provider in traces.reachable(settings):
+        tracer = Tracer(current, provider)
         tracer.start()
         _tracers.append(tracer)
 
 
 def stop() -> None:
     """Exports what waits, for at most STOP_MAX_S and FLUSH_MAX_S."""
+    until_s = monotonic_s() + STOP_MAX_S
     for tracer in _tracers:
         tracer.stop()
+    for tracer in _tracers:
+        tracer.join(until_s - monotonic_s())
     _tracers.clear()
     traces.stop()

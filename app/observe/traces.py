@@ -89,23 +89,19 @@ def destination(provider: str, run_id: UUID, rate: float, settings: Settings) ->
     """
     if provider == LOGS:
         return LOGS
-    lacking = _lacking(provider, settings)
-    if lacking:
-        _warn_once(provider, lacking)
-        return LOGS
-    if not is_sampled(run_id, rate):
+    why = _lacking(provider, settings)
+    if not why and not is_sampled(run_id, rate):
         return ""
-    try:
-        outlet(provider, settings)
-    except Exception as error:  # noqa: BLE001  # what OpenTelemetry's variables may say, it may refuse in many ways
-        _warn_once(provider, f"{type(error).__name__}: {error}")
+    why = why or _refused(provider, settings)
+    if why:
+        _warn_once(provider, why)
         return LOGS
     return provider
 
 
-def is_configured(settings: Settings) -> bool:
-    """Whether this process could reach any provider."""
-    return any(not _lacking(provider, settings) for provider in _NEEDS)
+def reachable(settings: Settings) -> list[str]:
+    """The providers to which this process can export."""
+    return [provider for provider in PROVIDERS if not (_lacking(provider, settings) or _refused(provider, settings))]
 
 
 _NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -113,6 +109,7 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "langsmith": ("langsmith_api_key",),
     "otlp": ("otel_exporter_otlp_endpoint",),
 }
+PROVIDERS = tuple(_NEEDS)
 _warned: set[str] = set()
 
 
@@ -127,6 +124,14 @@ def _lacking(provider: str, settings: Settings) -> str:
     except ImportError:
         found = None
     return "" if found else "the extra `tracing` of stepfast-app is not installed"
+
+
+def _refused(provider: str, settings: Settings) -> str:
+    try:
+        outlet(provider, settings)
+    except Exception as error:  # noqa: BLE001  # what OpenTelemetry's variables may say, it may refuse in many ways
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _warn_once(provider: str, lacking: str) -> None:
@@ -254,14 +259,12 @@ class Outlet:
         events.emit(Event.TRACES_DROPPED, provider=self.provider, spans=count, message=why)
 
     def export(self, run_id: UUID, trace_name: str, spans: Sequence[Span]) -> str:
-        """Exports these now, and waits for it. Returns why it failed, or ""."""
+        """Exports these now, in one request, and waits for it. Returns why it failed, or ""."""
         from opentelemetry.sdk.trace.export import SpanExportResult
 
+        assert len(spans) <= BATCH_MAX_SPANS
         made = [self.readable(run_id, trace_name, span) for span in spans]
-        for first in range(0, len(made), BATCH_MAX_SPANS):
-            if self._exporter.export(made[first : first + BATCH_MAX_SPANS]) is not SpanExportResult.SUCCESS:
-                return _why() or "it takes nothing"
-        return ""
+        return "" if self._exporter.export(made) is SpanExportResult.SUCCESS else _why() or "it takes nothing"
 
     def readable(self, run_id: UUID, trace_name: str, span: Span) -> "ReadableSpan":
         """The span as OpenTelemetry exports it."""

@@ -61,7 +61,7 @@ pipelines = _table(
     _json("definition"),
     _json("concurrency_parts", null=True),
     Column("deadline_ms", BigInteger, nullable=True),
-    Column("is_traced", Boolean, nullable=True),
+    _text("traced_by", null=True),
     _time("published_at"),
 )
 pipeline_agents = _table(
@@ -264,6 +264,7 @@ events = _table(
 traces = _table(
     "traces",
     _uuid("run_id", key=True),
+    _text("provider"),
     _text("traceparent", null=True),
     _time("due_at", null=True),
     Column("sent", ARRAY(Text), nullable=False),

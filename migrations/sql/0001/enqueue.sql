@@ -31,7 +31,7 @@ begin
     if octet_length(p_key) > 1000 then -- what fits into an index
         raise exception 'the key is longer than 1,000 bytes' using errcode = 'SF003';
     end if;
-    select p.hash, p.concurrency_parts, p.deadline_ms, p.is_traced, clock_timestamp() + m.clock_offset as now
+    select p.hash, p.concurrency_parts, p.deadline_ms, p.traced_by, clock_timestamp() + m.clock_offset as now
     into v_definition
     from stepfast.pipeline_names n join stepfast.pipelines p on p.hash = n.hash, stepfast.meta m
     where n.name = p_pipeline;
@@ -105,8 +105,9 @@ begin
     from stepfast.pipeline_agents a where a.pipeline_hash = v_definition.hash;
     insert into stepfast.events (run_id, seq, name, at, data)
     values (p_run, 1, 'run.enqueued', v_now, jsonb_build_object('pipeline_hash', v_definition.hash, 'input_hash', v_input_hash));
-    if v_definition.is_traced then
-        insert into stepfast.traces (run_id, traceparent) values (p_run, left(p_traceparent, 100));
+    if v_definition.traced_by is not null then
+        insert into stepfast.traces (run_id, provider, traceparent)
+        values (p_run, v_definition.traced_by, left(p_traceparent, 100));
     end if;
     return query select p_run, true;
 end $$;

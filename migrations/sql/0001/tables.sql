@@ -20,8 +20,8 @@ create table stepfast.pipelines (
     -- What starting a run needs of it, which is thereby neither decompressed nor parsed for each.
     concurrency_parts jsonb generated always as (definition->'concurrency_parts') stored,
     deadline_ms bigint generated always as ((definition->>'deadline_ms')::bigint) stored,
-    is_traced boolean generated always as (
-        coalesce(definition->'tracing'->'enabled' = 'true' and definition->'tracing'->>'provider' <> 'logs', false)) stored,
+    traced_by text generated always as (  -- the provider, where it is not the logs
+        case when definition->'tracing'->'enabled' = 'true' then nullif(definition->'tracing'->>'provider', 'logs') end) stored,
     published_at timestamptz not null,
     unique (name, version)
 );
@@ -263,11 +263,12 @@ create table stepfast.events (
 -- made of what is recorded (app/execution/tracing.py).
 create table stepfast.traces (
     run_id uuid primary key references stepfast.runs (id) on delete cascade,
+    provider text not null,             -- only workers that reach it take the run
     traceparent text,                   -- of the host's span in which the run was started (W3C), for a link
     due_at timestamptz,                 -- since when something is to be exported; or until when somebody is at it
     sent text[] not null default '{}'   -- ids of the spans that were exported
 ) with (fillfactor = 70);
-create index traces_due on stepfast.traces (due_at) where due_at is not null;
+create index traces_due on stepfast.traces (provider, due_at) where due_at is not null;
 
 -- What happened in a while is found without reading what happened before. BRIN costs an insert next to nothing.
 create index events_at on stepfast.events using brin (at) with (autosummarize = on);
