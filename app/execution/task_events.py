@@ -54,7 +54,7 @@ class Dispatcher(EventDispatcher):
         self.flush()
 
 
-class SendWhatWaits(StartStopStep):  # type: ignore[misc]  # untyped
+class SendWhatWaits(StartStopStep):
     """A worker that stops has no loop that would send what is held back."""
 
     requires = ("celery.worker.consumer.events:Events",)
