@@ -79,7 +79,7 @@ def engine(url: str, *, pool_max: int, name: str = "") -> "Engine":
         },
     )
     _without_options_behind_a_pooler(made)
-    _prepare_in_sessions_of_our_own(made)
+    _prepare_nothing_behind_a_pooler(made)
     return made
 
 
@@ -99,8 +99,8 @@ def _without_options_behind_a_pooler(made: "Engine") -> None:
         return dialect.connect(*args, **{name: value for name, value in given.items() if name != "options"})
 
 
-def _prepare_in_sessions_of_our_own(made: "Engine") -> None:
-    """A statement is planned once a session: planning takes a quarter of a claim.
+def _prepare_nothing_behind_a_pooler(made: "Engine") -> None:
+    """psycopg prepares what a session is asked repeatedly: planning takes a quarter of a claim.
 
     A pooler gives the session to somebody else meanwhile. It is known by this: the session's process is not the one
     that the connection was told of.
@@ -108,8 +108,9 @@ def _prepare_in_sessions_of_our_own(made: "Engine") -> None:
 
     @event.listens_for(made, "connect")
     def connected(connection: "Any", _record: object) -> None:  # noqa: ANN401  # psycopg's, adapted
-        own = connection.execute("select pg_backend_pid()", prepare=False).fetchone()[0] == connection.info.backend_pid
-        connection.prepare_threshold = 0 if own else None
+        own = connection.execute("select pg_backend_pid()").fetchone()[0] == connection.info.backend_pid
+        if not own:
+            connection.prepare_threshold = None
 
 
 def is_outage(error: DBAPIError) -> bool:
