@@ -189,7 +189,7 @@ create table stepfast.effects (
     run_id uuid not null references stepfast.runs (id) on delete cascade,
     agent text not null,
     item text not null default '',
-    generation integer not null,
+    generation integer not null,        -- of what is only begun: the newest, which must look for it
     key text not null,
     state text not null check (state in ('begun', 'happened')),
     attempt_id uuid not null,
