@@ -319,3 +319,31 @@ def write_skill(tmp_path):
         return folder
 
     return write
+
+
+# Of the tests of `stepfast`, the client.
+
+
+@pytest.fixture
+def pipeline(system, here, write_skill):
+    """A published pipeline, without workers."""
+    from hosting import publish
+
+    return publish(system, here, write_skill)
+
+
+@pytest.fixture
+def engine(database_url):
+    """A host's own, of SQLAlchemy."""
+    import sqlalchemy
+
+    made = sqlalchemy.create_engine(database_url)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def client(database_url, broker_url):
+    import stepfast
+
+    return stepfast.Client(database_url, broker_url)

@@ -31,11 +31,6 @@ def host(system):
     return Host(djangohost.environment(system.database_url, system.broker_url))
 
 
-@pytest.fixture
-def pipeline(system, here, write_skill):
-    return publish(system, here, write_skill)
-
-
 ATOMIC = """
     from django.db import transaction
     import stepfast
