@@ -131,6 +131,17 @@ def database_url(servers, database_template):
 
 
 @pytest.fixture
+def fast_store(database_url):
+    """A store for what is not about a crash of Postgres: its commits need not reach the disk."""
+    from app.runs.database import engine
+    from app.runs.store import Store
+
+    made = Store(engine(f"{database_url}&options=-c%20synchronous_commit%3Doff", pool_max=4))
+    yield made
+    made.engine.dispose()
+
+
+@pytest.fixture
 def empty_database_url(servers):
     """A database of the test's own, not migrated."""
     import psycopg
