@@ -131,6 +131,17 @@ def database_url(servers, database_template):
 
 
 @pytest.fixture
+def fast_store(database_url):
+    """A store for what is not about a crash of Postgres: its commits need not reach the disk."""
+    from app.runs.database import engine
+    from app.runs.store import Store
+
+    made = Store(engine(f"{database_url}&options=-c%20synchronous_commit%3Doff", pool_max=4))
+    yield made
+    made.engine.dispose()
+
+
+@pytest.fixture
 def empty_database_url(servers):
     """A database of the test's own, not migrated."""
     import psycopg
@@ -319,3 +330,31 @@ def write_skill(tmp_path):
         return folder
 
     return write
+
+
+# Of the tests of `stepfast`, the client.
+
+
+@pytest.fixture
+def pipeline(system, here, write_skill):
+    """A published pipeline, without workers."""
+    from hosting import publish
+
+    return publish(system, here, write_skill)
+
+
+@pytest.fixture
+def engine(database_url):
+    """A host's own, of SQLAlchemy."""
+    import sqlalchemy
+
+    made = sqlalchemy.create_engine(database_url)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def client(database_url, broker_url):
+    import stepfast
+
+    return stepfast.Client(database_url, broker_url)

@@ -6,6 +6,7 @@ import sys
 import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psycopg
 from conftest import ROOT, _named, _numbers, eventually
@@ -38,6 +39,20 @@ class Host:
         """What a script prints, that begins where a view would: with the project set up."""
         code = "import django; django.setup()\n" + textwrap.dedent(text)
         return self.run("-c", code, check=check, **more).stdout
+
+    @contextmanager
+    def started(self, *argv: str, log: Path):
+        """A process that goes on; `log` has what it says."""
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, *argv], cwd=SHOP, env=self.environ, stdout=stream, stderr=stream
+            )
+        process.log = log
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
     @contextmanager
     def served(self):

@@ -1,9 +1,13 @@
 """What random histories are made of: definitions, and workers without processes that do what the executor does."""
 
+import os
+from collections import Counter
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from pipelines import KEY, agent, pipeline
 from sqlalchemy import text
 
@@ -36,6 +40,7 @@ from app.runs.orders import Orders
 from app.runs.store import Bid, Claim, Ended, Paid, StepKey, Store
 
 AGENTS_MAX = 12
+STEPS_MAX = 16
 # Every delay is a multiple of this, so that the seconds that a test takes decide nothing.
 TICK_S = 1_000
 TICK_MS = TICK_S * 1_000
@@ -307,3 +312,20 @@ class Bench:
                 self.orders.cancel(run_id, "test", None)
         self.end_worker()
         self.session.close()
+
+
+def play(machine: type[RuleBasedStateMachine], store: Store, count: int) -> None:
+    """Runs `count` random histories of a machine, or as many as HISTORIES says: only then each time others."""
+    machine.store, machine.counts = store, Counter()
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=int(os.environ.get("HISTORIES", count)),
+            stateful_step_count=STEPS_MAX,
+            deadline=None,
+            derandomize="HISTORIES" not in os.environ,
+            report_multiple_bugs=False,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

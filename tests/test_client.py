@@ -15,29 +15,11 @@ import pytest
 import sqlalchemy
 import stepfast
 from conftest import ROOT, eventually
-from hosting import UNSWEPT, fetch, plain, publish, silent_broker
+from hosting import UNSWEPT, fetch, plain, silent_broker
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 RUNS = "select count(*) from stepfast.runs"
 NOWHERE = "redis://127.0.0.1:1/0"
-
-
-@pytest.fixture
-def pipeline(system, here, write_skill):
-    """A published pipeline, without workers."""
-    return publish(system, here, write_skill)
-
-
-@pytest.fixture
-def engine(database_url):
-    made = sqlalchemy.create_engine(database_url)
-    yield made
-    made.dispose()
-
-
-@pytest.fixture
-def client(database_url, broker_url):
-    return stepfast.Client(database_url, broker_url)
 
 
 def _count(url) -> int:

@@ -1,28 +1,17 @@
 """`stepfast` in hosts that go wrong: errors, rollbacks and poolers leave them as they were."""
 
 import json
+import traceback
 
 import pgbouncer
 import psycopg
 import pytest
 import sqlalchemy
 import stepfast
-from hosting import fetch, plain, publish
+from hosting import fetch, plain
 from sqlalchemy.orm import Session
 from stepfast.databases import OwnDatabase
 from stepfast.operating import resume_failed, since
-
-
-@pytest.fixture
-def pipeline(system, here, write_skill):
-    return publish(system, here, write_skill)
-
-
-@pytest.fixture
-def engine(database_url):
-    made = sqlalchemy.create_engine(database_url)
-    yield made
-    made.dispose()
 
 
 def test_order_that_was_rolled_back_is_not_waited_for(database_url, engine, pipeline):
@@ -111,3 +100,65 @@ def test_age_beyond_all_time_is_refused():
     """A sentence, and no traceback."""
     with pytest.raises(stepfast.Misuse, match="no age"):
         since("999999d")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"key": ""}, "The key is empty"),
+        ({"key": "a\0b"}, "The key holds a NUL"),
+        ({"key": "\ud800"}, "The key holds a NUL or half of a surrogate pair"),
+        ({"tenant": "a\0b"}, "The tenant holds a NUL"),
+        ({"labels": {"a\0b": 1}}, "The labels holds a NUL"),
+        ({"labels": {"a": "a\0b"}}, "The labels holds a NUL"),
+    ],
+)
+def test_texts_that_postgres_cannot_keep_are_refused_at_the_call(database_url, client, pipeline, engine, options, said):
+    """One sentence of ours, on any connection, and its transaction stays usable."""
+    with engine.connect() as connection:
+        for host in (None, connection):
+            with pytest.raises(stepfast.InvalidInput, match=said):
+                client.enqueue(pipeline, {"order": 1}, connection=host, **options)
+        connection.execute(sqlalchemy.text("select 1"))
+    assert fetch(database_url, "select count(*) from stepfast.runs") == [(0,)]
+
+
+def test_order_with_a_nul_is_refused_at_the_call(client, pipeline):
+    """Who orders, an agent's name and a reason are texts, too."""
+    run = client.enqueue(pipeline, {"order": 1})
+    with pytest.raises(stepfast.InvalidInput, match="The reason holds a NUL"):
+        run.cancel(by="ann", reason="a\0b")
+    with pytest.raises(stepfast.InvalidInput, match="The pipeline's name holds a NUL"):
+        client.enqueue("a\0b", {"order": 1})
+
+
+def test_row_that_postgres_refuses_is_not_shown(client, pipeline, engine, monkeypatch):
+    """What a constraint says goes on with the row, in which the input stands: the client's error ends before it."""
+    monkeypatch.setattr("stepfast.client.PRIORITY_MAX", 99)
+    with engine.connect() as connection:
+        for host in (None, connection):
+            with pytest.raises(stepfast.InvalidInput, match="priority") as caught:
+                client.enqueue(pipeline, {"order": 7_654_321}, connection=host, priority=50)
+            assert "7654321" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_sqlalchemy_on_another_driver_is_refused(client, engine, monkeypatch):
+    """Its driver is named: statements are written for psycopg."""
+    monkeypatch.setattr(engine.dialect, "driver", "asyncpg")
+    with engine.connect() as connection, Session(engine) as session:
+        for host in (connection, session):
+            with pytest.raises(stepfast.Misuse, match="on psycopg, and this connection's driver is asyncpg"):
+                client.enqueue("p", {}, connection=host)
+
+
+def test_events_are_all_there(client, pipeline, database_url):
+    """Also of a run with more than a page of them; `after_seq` goes on where somebody stopped."""
+    run = client.enqueue(pipeline, {"order": 1})
+    with psycopg.connect(plain(database_url)) as connection:
+        connection.execute(
+            "insert into stepfast.events (run_id, seq, name, at) select %s, n, 'step.deferred', now()"
+            " from generate_series(2, 20_001) n",
+            (run.id,),
+        )
+    assert [event.seq for event in run.events()] == list(range(1, 20_002))
+    assert [event.seq for event in run.events(after_seq=19_999)] == [20_000, 20_001]

@@ -1,12 +1,15 @@
 """`stepfast.django` in real Django processes: transactions, commands, checks, the signal."""
 
 import json
+import signal
+import textwrap
 
 import djangohost
+import psycopg
 import pytest
 from conftest import eventually
 from djangohost import Host
-from hosting import UNSWEPT, fetch, publish
+from hosting import UNSWEPT, fetch, plain, publish
 
 COUNT = "select count(*) from stepfast.runs"
 
@@ -29,11 +32,6 @@ def database_template(_django_template):
 @pytest.fixture
 def host(system):
     return Host(djangohost.environment(system.database_url, system.broker_url))
-
-
-@pytest.fixture
-def pipeline(system, here, write_skill):
-    return publish(system, here, write_skill)
 
 
 ATOMIC = """
@@ -296,6 +294,58 @@ def test_signal_is_sent_at_least_once(system, host, pipeline, database_url):
     """
     assert host.script(failing) == "['failed', 'failed']\n"
     assert fetch(database_url, "select note from shop_order") == [("Its fulfilment is failed.",)]
+
+
+BROKEN = """
+    from shop.models import Order
+    from stepfast.django import enqueue
+    order = Order.objects.create(customer="Ann", item="tea", quantity=1)
+    order.run_id = enqueue("tested", {"order": order.pk, "broken": True}).id
+    order.save()
+"""
+
+
+def test_watch_outlives_a_restart_of_postgres_and_ends_on_ctrl_c(
+    system, host, pipeline, servers, database_url, tmp_path
+):
+    """Its session is cut and it is refused for a while: it says so, goes on when it may, and leaves without a traceback."""
+    name = fetch(database_url, "select current_database()")[0][0]
+    asks = "select pid from pg_stat_activity where datname = current_database() and query ~ '^SELECT.*v_runs'"
+    with (
+        host.started("manage.py", "stepfast_watch", log=tmp_path / "watch.log") as watch,
+        psycopg.connect(plain(servers.database_url), autocommit=True) as admin,
+    ):
+        pid = eventually(lambda: fetch(database_url, asks), what="a watch that asks")[0][0]
+        admin.execute(f"alter database {name} allow_connections false")
+        admin.execute("select pg_terminate_backend(%s)", (pid,))
+        eventually(lambda: "is asked again" in watch.log.read_text(), what="a watch that says so")
+        admin.execute(f"alter database {name} allow_connections true")
+        system.start_worker(queues="handlers")
+        host.script(BROKEN)
+        note = "select note from shop_order"
+        eventually(lambda: fetch(database_url, note) == [("Its fulfilment is failed.",)], what="the signal")
+        watch.send_signal(signal.SIGINT)
+        assert watch.wait(timeout=30) == 0
+    assert "Traceback" not in watch.log.read_text()
+
+
+def test_watch_gives_up_on_a_database_that_stays_away(host):
+    """After a time, or at once where it asks but once: a sentence, and exit code 3."""
+    nowhere = {"EXAMPLE_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
+    done = host.manage("stepfast_watch", "--once", check=False, **nowhere)
+    assert (done.returncode, "The database does not answer: " in done.stderr) == (3, True)
+    assert "Traceback" not in done.stderr
+    code = """
+        import django, sys; django.setup()
+        from django.core.management import ManagementUtility
+        from stepfast.django.management.commands import stepfast_watch
+        stepfast_watch.OUTAGE_MAX_S = 1.5
+        ManagementUtility(["manage.py", "stepfast_watch"]).execute()
+    """
+    done = host.run("-c", textwrap.dedent(code), check=False, **nowhere)
+    assert done.returncode == 3
+    assert done.stderr.count("is asked again") >= 1
+    assert "Traceback" not in done.stderr
 
 
 def test_audit_is_the_workers_own(host, tmp_path):

@@ -286,6 +286,17 @@ def test_a_slow_database_holds_up_nothing_else(environ, shop):
     assert statuses.keys() <= {200, 503}
 
 
+def test_a_gate_that_could_not_be_evaluated_did_not_hold(shop, ann):
+    """The page of a run says so, at the agent and at its attempt."""
+    run = shop.start({})
+    complete(shop.store, LINE, run, "first", {"score": "high"})
+    give_up(shop.store, LINE, run, "second", code="author_mistake", details={"gate": "{{first.score}} >= 0.5"})
+    page = ann.get(f"/run/{run}").text
+    assert "The gate first.score &gt;= 0.5 could not be evaluated" in page
+    assert "Gate, which could not be evaluated" in page
+    assert "held" not in page
+
+
 def test_a_graph_puts_dependencies_to_the_left_and_no_edge_behind_an_agent():
     """A diamond with a shortcut: columns by depth, and the shortcut runs through a row of its own."""
     drawn = layout({"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c", "a"]})

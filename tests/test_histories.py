@@ -3,30 +3,26 @@
 The short form is part of every test run. The long form: `HISTORIES=2000 make test ARGS=tests/test_histories.py`.
 """
 
-import os
 from collections import Counter
 from contextlib import suppress
 from random import Random
 
 import pytest
-from histories import ERRORS, TICK_MS, Bench, definitions
-from hypothesis import HealthCheck, note, settings
+from histories import ERRORS, TICK_MS, Bench, definitions, play
+from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
     rule,
-    run_state_machine_as_test,
 )
 
 from app.errors import NotPossible
-from app.runs.database import engine
 from app.runs.invariants import check
 from app.runs.store import StepKey, Store
 
 HISTORIES_SHORT = 15
-STEPS_MAX = 16
 ACTIONS_A_STEP = 6
 RUNS_MAX = 3
 
@@ -203,30 +199,10 @@ class History(RuleBasedStateMachine):
             self.bench.close()
 
 
-@pytest.fixture
-def store(database_url):
-    # Nothing here is about a crash of Postgres: its commits need not reach the disk.
-    made = Store(engine(f"{database_url}&options=-c%20synchronous_commit%3Doff", pool_max=4))
-    yield made
-    made.engine.dispose()
-
-
 @pytest.mark.timeout(4 * 3600)
-def test_rules_hold_in_every_history(store):
+def test_rules_hold_in_every_history(fast_store):
     """All nine rules hold after every action, and benign workers bring every run to its end or to a person."""
-    History.store, History.counts = store, Counter()
-    run_state_machine_as_test(
-        History,
-        settings=settings(
-            max_examples=int(os.environ.get("HISTORIES", HISTORIES_SHORT)),
-            stateful_step_count=STEPS_MAX,
-            deadline=None,
-            derandomize="HISTORIES" not in os.environ,
-            report_multiple_bugs=False,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    play(History, fast_store, HISTORIES_SHORT)
     print(f"{sum(History.counts.values())}: {dict(History.counts)}")
-    with store.engine.connect() as connection:
+    with fast_store.engine.connect() as connection:
         assert check(connection) == []

@@ -214,6 +214,30 @@ def test_override_does_again_what_was_done_on_the_old_output(bench):
     assert bench.sql("select decided_by from stepfast.attempts where output = '{\"better\": 1}'") == "ann"
 
 
+def test_effect_that_was_begun_is_looked_for_in_the_next_generation(bench):
+    """An override of its input fences an attempt in the midst of ctx.once: the next one asks the check.
+
+    What nobody can tell is settled by `resume --from`. What is recorded as happened is done again, as ordered.
+    """
+    run = bench.start(line("a", "b"))
+    bench.do(run, "a")
+    late, _ = bench.claim(run, "b")
+    begin = lambda bid, key: bench.store.begin_effect(bid.step, bid.attempt_id, key)["state"]  # noqa: E731
+    assert [begin(late, key) for key in ("told", "paid")] == ["new", "new"]
+    bench.store.end_effect(late.step, late.attempt_id, "told", {})
+    bench.orders.override(run, "a", {"better": 1}, "ann", None)
+    assert begin(late, "other") == "stale"
+    bid, claim = bench.claim(run, "b")
+    assert (claim.generation, begin(bid, "told"), begin(bid, "paid")) == (2, "new", "unknown")
+    bench.fail(bid, error={**ERROR, "code": "outcome_unknown"})
+    assert bench.orders.resume_from(run, "b", "ann") == ("b",)
+    bid, claim = bench.claim(run, "b")
+    assert (claim.generation, begin(bid, "paid")) == (3, "new")
+    bench.store.end_effect(bid.step, bid.attempt_id, "paid", {})
+    bench.complete(bid)
+    assert violations(bench) == []
+
+
 def test_override_is_refused_while_it_executes(bench):
     """First cancel it, or let it end."""
     run = bench.start(line("a"))

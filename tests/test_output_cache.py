@@ -102,6 +102,32 @@ def test_whatever_happens_to_the_cache_is_a_miss(cached, client, harm):
     assert len(client.keys("stepfast:output:*")) == 3
 
 
+def test_outputs_that_nobody_gives_fail_their_attempt(cached, client, monkeypatch):
+    """Where the cache misses and Postgres stays away, the attempt fails as any other does, and another one is made."""
+    monkeypatch.setattr("app.execution.cached.OUTAGE_MAX_S", 0.001)
+    cached.start()
+    cached.step("a")
+    client.flushdb()
+    store, cuts = cached.here.store, [1]
+
+    def cut(connection, cursor, statement, *_):
+        if "from stepfast.attempts where run_id" in statement and cuts:
+            cuts.pop()
+            pid = connection.connection.dbapi_connection.info.backend_pid
+            with store.engine.connect() as other:
+                other.execute(text("select pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+    event.listen(store.engine, "before_cursor_execute", cut)
+    assert execute(cached.here, StepKey(cached.run, "b"), cached.hash).error == "handler_failed"
+    with store.engine.connect() as connection:
+        error = connection.execute(text("select error->>'message' from stepfast.attempts where state = 'failed'"))
+        assert "terminating connection" in error.scalar_one()
+        connection.execute(
+            text("update stepfast.steps set state = 'available', scheduled_at = null where state = 'retryable'")
+        )
+    assert cached.step("b") == 1
+
+
 def test_large_outputs_are_compressed(cached, client):
     """In the cache by us, from 256 KiB on; in Postgres by Postgres."""
     cached.start(size=COMPRESSED_FROM_BYTES)

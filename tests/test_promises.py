@@ -228,3 +228,17 @@ def test_command_says_what_is_broken_and_what_goes_together(here, bench, capsys)
     cli("audit", "x.yaml", "--run", "last").refuses(2, "--run goes without a SKILL")
     cli("audit", "--run", "last", "--format", "sarif").refuses(2, "as text or JSON")
     cli("audit", "--run", "ffff").refuses(2, "No run has an id that begins with")
+
+
+def test_effect_that_a_fenced_attempt_began_is_open(bench):
+    """It is no effect of the attempt that completed the step, which did something else on the new input."""
+    run = bench.start(line("a", "b"))
+    bench.do(run, "a")
+    late, _ = bench.claim(run, "b")
+    bench.store.begin_effect(late.step, late.attempt_id, "pay 7")
+    bench.orders.override(run, "a", {"sum": 8}, "ann", None)
+    bid, _ = bench.claim(run, "b")
+    bench.store.begin_effect(bid.step, bid.attempt_id, "pay 8")
+    bench.store.end_effect(bid.step, bid.attempt_id, "pay 8", {})
+    bench.complete(bid)
+    assert promises(bench, run)["effect-without-check"] == ("kept", "1 effect by ctx.once, each once; 1 open.")

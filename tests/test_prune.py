@@ -3,6 +3,7 @@
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from uuid import UUID, uuid4
 
 import pytest
 from benches import ERROR, FREE, Bench
@@ -171,6 +172,33 @@ def test_completed_key_outlives_its_run(bench):
     assert bench.sql("select output from stepfast.keys") == {"paid": 7}
 
 
+def test_key_that_only_looks_like_its_runs_outlives_it(bench):
+    """Who starts a run chooses its id, and may give the same text as input: another run with that order may come."""
+    bench.definition = SHARED
+    bench.store.publish(SHARED)
+    order = str(uuid4())
+    start = (
+        "select run_id from stepfast.enqueue_v1('tested', jsonb_build_object('order', cast(:o as text)), p_run => :r)"
+    )
+    bid, _ = bench.claim(bench.sql(start, o=order, r=UUID(order)), "a")
+    bench.complete(bid, {"paid": 7})
+    later(bench)
+    assert pruned(bench) == (1, {})
+    _, claim = bench.claim(bench.start(SHARED, {"order": order}), "a")
+    assert (claim.outcome, claim.output) == ("reuse", {"paid": 7})
+
+
+def test_key_that_names_its_run_somewhere_goes_with_it(bench):
+    """Wherever run_id stands in it. A field of the input that is called so is none."""
+    parts = ({"path": ["input", "order"]}, {"text": "-"}, {"path": ["run_id"]})
+    field = ({"path": ["input", "run_id"]},)
+    both = pipeline(agent("a", key_parts=parts), agent("b", key_parts=field))
+    bench.do(bench.start(both, {"order": "7", "run_id": "8"}), "a", "b")
+    later(bench)
+    assert pruned(bench) == (1, {})
+    assert bench.sql("select array_agg(agent || ' ' || key) from stepfast.keys") == ["b 8"]
+
+
 def test_start_key_outlives_its_run(bench):
     """Starting again with the key of a run that was pruned starts nothing, and gives its id; another input is refused."""
     run = bench.start(line("a"), {"x": 1}, key="order-7")
@@ -206,6 +234,74 @@ def test_start_during_its_runs_prune_waits_for_it(bench):
         pruner.commit()
         assert again.result() == (run, False)
     assert rows(bench, "runs", "spent_keys") == [0, 1]
+
+
+def test_start_whose_run_goes_in_its_midst_is_given_it(bench):
+    """Whoever found the run of its key, and not its row a statement later, is given the run that was pruned."""
+    run = bench.start(line("a"), {"x": 1}, key="order-7")
+    bench.do(run, "a")
+    later(bench)
+    # Fires where an insert is over, also one that met a key: before the function's next statement.
+    bench.sql("""
+        create function pause() returns trigger language plpgsql as $$
+        begin perform pg_advisory_xact_lock_shared(7); return null; end $$""")
+    bench.sql("create trigger pause after insert on stepfast.runs for each statement execute function pause()")
+    waiting = "select count(*) from pg_locks l join pg_database d on d.oid = l.database where d.datname = current_database() and l.locktype = 'advisory' and l.objid = 7 and not l.granted"
+    with (
+        ThreadPoolExecutor(1) as pool,
+        bench.store.engine.connect().execution_options(isolation_level="READ COMMITTED") as holder,
+    ):
+        holder.execute(text("select pg_advisory_xact_lock(7)"))
+        again = pool.submit(bench.store.enqueue, "tested", {"x": 1}, key="order-7")
+        eventually(lambda: bench.sql(waiting), what="a start that found its run")
+        assert pruned(bench) == (1, {})
+        holder.rollback()
+        assert again.result() == (run, False)
+    assert rows(bench, "runs", "spent_keys") == [0, 1]
+
+
+def test_workers_that_ended_go(bench):
+    """Those that ended long ago, but for one under which something still executes."""
+    bench.sql("update stepfast.workers set ended_at = stepfast.now()")
+    holds = Bench(bench.store)
+    run = holds.start(line("a"))
+    holds.claim(run, "a")
+    bench.sql("update stepfast.workers set ended_at = stepfast.now()")
+    later(bench)
+    alive = Bench(bench.store)
+    young = Bench(bench.store)
+    bench.sql("update stepfast.workers set ended_at = stepfast.now() where id = :id", id=young.worker_id)
+    assert list(Pruning(bench.store.engine, MONTH).rest()) == [(1, 0)]
+    assert bench.sql("select array_agg(id order by id) from stepfast.workers") == [
+        holds.worker_id,
+        alive.worker_id,
+        young.worker_id,
+    ]
+
+
+def test_definitions_that_no_run_has_go(bench):
+    """Of those published long ago stay: what a run has, the newest, and what the name means, or meant until lately."""
+    versions = [pipeline(agent("a"), version=str(number)) for number in range(5)]
+    used = bench.start(versions[0])
+    for version in versions[1:]:
+        bench.store.publish(version)
+    bench.store.publish(versions[2])  # the name goes back
+    assert bench.sql("select hash from stepfast.pipeline_names") == versions[2].hash
+    assert list(Pruning(bench.store.engine, MONTH).rest()) == []
+    later(bench)
+    assert list(Pruning(bench.store.engine, MONTH).rest()) == [(0, 2)]
+    left = "select array_agg(version order by version) from stepfast.pipelines"
+    assert bench.sql(left) == ["0", "2", "4"]
+    bench.do(used, "a")
+    later(bench)
+    assert pruned(bench) == (1, {})
+    bench.store.publish(versions[4])
+    assert (
+        list(Pruning(bench.store.engine, MONTH).rest()) == []
+    )  # somebody may be about to start what the name just meant
+    later(bench)
+    assert list(Pruning(bench.store.engine, MONTH).rest()) == [(0, 2)]
+    assert bench.sql(left) == ["4"]
 
 
 def test_metrics_lose_nothing(bench):
@@ -333,6 +429,8 @@ def test_command_asks_counts_and_deletes(cli, here, bench, monkeypatch):
     run = bench.start(line("a"))
     bench.do(run, "a")
     bench.fail(bench.claim(bench.start(line("a")), "a")[0])
+    ended = Bench(bench.store).worker_id
+    bench.sql("update stepfast.workers set ended_at = stepfast.now() where id = :id", id=ended)
     later(bench)
     dry = cli("prune", "--dry-run")
     assert dry.out.startswith("1 run that ended before ")
@@ -340,8 +438,9 @@ def test_command_asks_counts_and_deletes(cli, here, bench, monkeypatch):
     cli("prune").refuses(2, "1 runs would be deleted", "--yes")
     assert rows(bench, "runs") == [2]
     done = cli("prune", "--yes", "--json").json
-    assert done.keys() == {"before", "dry_run", "looked_at", "pruned", "kept"}
+    assert done.keys() == {"before", "dry_run", "looked_at", "pruned", "kept", "workers", "definitions"}
     assert (done["looked_at"], done["pruned"], done["kept"]) == (2, 1, {"dead_letter": 1})
+    assert (done["workers"], done["definitions"]) == (1, 0)
     told = cli("prune", "--yes")
     assert "1 stay: a dead letter of it is open" in told.out
     assert told.following == ["dead"]

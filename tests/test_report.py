@@ -125,6 +125,23 @@ def test_only_what_was_asked_for(bench):
     assert _report(bench, pipeline="three")["runs"] == {}
 
 
+def test_sums_are_of_all_also_of_what_no_list_has_room_for(bench):
+    """Costs, calls without a price, dead workers and rescued steps count whole; each list ends after its 20 rows."""
+    many = range(reporting.ROWS_MAX + 5)
+    run = bench.start(pipeline(*(agent(f"a{number}") for number in many)))
+    for number in many:
+        bench.claim(run, f"a{number}")
+        _lose(bench)
+    for number in many:
+        bid, _ = bench.claim(run, f"a{number}")
+        bench.store.complete(bid.step, bid.attempt_id, {}, paid(None if number < 3 else 0.01, f"claude-{number}"))
+    found = _report(bench)
+    assert {name: len(found[name]) for name in ("costs", "workers_lost")} == {"costs": 20, "workers_lost": 20}
+    assert found["cost_usd"] == pytest.approx(0.22)
+    assert (found["unpriced_total"], found["workers_lost_total"], found["rescued_total"]) == (3, 25, 25)
+    assert not any(name.endswith("_of_all") for part in ("costs", "workers_lost") for name in found[part][0])
+
+
 def test_each_part_is_served_by_an_index(bench):
     """No part reads a whole table of what is kept for years: each finds the rows of its time by an index."""
     indexes = {

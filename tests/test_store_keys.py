@@ -26,6 +26,8 @@ def test_keys_have_a_length(bench):
     run = bench.start(pipeline(agent("a", key_parts=part)), {"order": long})
     _, claim = bench.claim(run, "a")
     assert (claim.outcome, claim.problem) == ("bad_key", "the idempotency key is longer than 1,000 bytes")
+    with pytest.raises(Misuse, match=r"The key is empty\."):
+        bench.store.enqueue("tested", {}, key="")
     with pytest.raises(Misuse, match=r"The key is longer than 1,000 bytes\."):
         bench.start(bench.definition, {"order": "x"}, key=long)
     one_at_a_time = pipeline(agent("a"), version="2", concurrency_key="{{input.order}}", concurrency_parts=part)

@@ -2,16 +2,15 @@
 
 import json
 import os
-from collections import Counter
 from datetime import datetime, timedelta
 from itertools import pairwise
 
 import pytest
 from benches import CALM_MS, ERROR, Bench
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import invariant, run_state_machine_as_test
+from histories import play
+from hypothesis.stateful import invariant
 from pipelines import agent, line, pipeline
-from test_histories import STEPS_MAX, History
+from test_histories import History
 
 from app.cli import timeline as drawing
 from app.cli.timeline import ASCII, UNICODE, Scale, Waterfall
@@ -23,7 +22,7 @@ from app.runs.store import Ending, Paid, Store
 from app.runs.timeline import WAITS, timeline
 
 PAID = Paid("claude-sonnet-5-5", "req", {"input_tokens": 1_200, "output_tokens": 340}, 0.01)
-HISTORIES = 12
+HISTORIES_SHORT = 12
 
 
 @pytest.fixture
@@ -316,28 +315,9 @@ class Told(History):
         assert len(executing) == (step["state"] == "executing")
 
 
-@pytest.fixture
-def fast_store(database_url):
-    made = Store(engine(f"{database_url}&options=-c%20synchronous_commit%3Doff", pool_max=4))
-    yield made
-    made.engine.dispose()
-
-
 def test_timelines_agree_with_the_tables_in_every_history(fast_store):
     """No two stretches of a step overlap, its attempts are all there, and what it waits for is what its state says."""
-    Told.store, Told.counts = fast_store, Counter()
-    run_state_machine_as_test(
-        Told,
-        settings=settings(
-            max_examples=int(os.environ.get("HISTORIES", HISTORIES)),
-            stateful_step_count=STEPS_MAX,
-            deadline=None,
-            derandomize="HISTORIES" not in os.environ,
-            report_multiple_bugs=False,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    play(Told, fast_store, HISTORIES_SHORT)
     # So few histories need not hold the rare ones; each has a test of its own above.
     expected = set(WAITS) if "HISTORIES" in os.environ else {"dependencies", "queue", "retry"}
     assert expected <= set(Told.counts), "a kind of wait came in no history"

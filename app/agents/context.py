@@ -112,8 +112,9 @@ class Context:
         """Does an effect once in this generation, however often the step is attempted, and returns its output.
 
         Recorded as begun before `fn` is called and as happened after it. Where an earlier attempt began it and did not
-        record its end (it died, or `fn` raised), `check` looks in the outside world first: Happened(output) is taken,
-        NotHappened does it, Unknown raises OutcomeUnknown, and so does the lack of a `check`.
+        record its end (it died, `fn` raised, or a new generation began meanwhile), `check` looks in the outside world
+        first: Happened(output) is taken, NotHappened does it, Unknown raises OutcomeUnknown, and so does the lack of a
+        `check`.
 
         `fn` returns a JSON object of at most EFFECT_MAX_BYTES; what cannot be recorded raises InvalidOutput, and the
         effect stays begun. Not for a process that the handler forked.

@@ -33,6 +33,8 @@ def _age(_ctx: click.Context, _param: click.Parameter, text: str) -> timedelta:
 class _Total:
     looked_at: int = 0
     pruned: int = 0
+    workers: int = 0
+    definitions: int = 0
     kept: Counter[str] = field(default_factory=Counter)
 
 
@@ -49,13 +51,14 @@ class _Total:
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @embedding.option
-@click.option("--json", "as_json", is_flag=True, help="Print {before, dry_run, looked_at, pruned, kept: {why: runs}}.")
+@click.option("--json", "as_json", is_flag=True, help="Print {before, dry_run, pruned, kept: {why: runs}, …}.")
 def command(age: timedelta, dry_run: bool, yes: bool, embedded: bool, as_json: bool) -> None:
     """Delete runs that ended long ago, with all that is recorded of them: bounded batches, which may be interrupted.
 
     A run stays that has not ended, that has an open dead letter, a key that is reserved or of unknown outcome, or to
     which something happened since. Idempotency keys that runs share keep their outputs, and start keys their runs' ids;
-    counts of metrics and published definitions stay. Started again after an interruption, it goes on.
+    counts of metrics stay. Rows of workers that ended so long ago go, too, and definitions so old that no run has any
+    more, but for each pipeline's newest. Started again after an interruption, it goes on.
     """
     worker = system.database(embedded=embedded)
     from app.runs.prune import Pruning
@@ -75,6 +78,9 @@ def command(age: timedelta, dry_run: bool, yes: bool, embedded: bool, as_json: b
             )
             system.ask(question, alone, "Nothing was deleted.", as_json=as_json)
     total = _through(pruning, dry_run=dry_run)
+    for workers, definitions in pruning.rest() if not dry_run else ():
+        total.workers += workers
+        total.definitions += definitions
     if as_json:
         output.print_json(
             {
@@ -83,6 +89,8 @@ def command(age: timedelta, dry_run: bool, yes: bool, embedded: bool, as_json: b
                 "looked_at": total.looked_at,
                 "pruned": total.pruned,
                 "kept": dict(total.kept),
+                "workers": total.workers,
+                "definitions": total.definitions,
             }
         )
     else:
@@ -110,6 +118,8 @@ def _say(pruning: "Pruning", total: _Total, *, dry_run: bool) -> None:
     print(f"{runs} that ended before {output.moment(pruning.before.isoformat())} UTC {would} deleted.")
     for why, count in total.kept.most_common():
         print(f"  {count:,} stay: {KEPT[why]}")
+    if total.workers or total.definitions:
+        print(f"  With them went: ended workers {total.workers:,}, definitions without a run {total.definitions:,}.")
     if dry_run and total.pruned:
         output.print_next("stepfast prune")
     elif total.kept["dead_letter"]:

@@ -56,11 +56,11 @@ def _summary(found: "Json") -> dict[str, str]:
     lost = sum(entry["calls"] for entry in unknown)
     guess = sum(entry["estimate_usd"] or 0.0 for entry in unknown)
     beside = f", and {lost:,} calls lost with their workers (perhaps {output.dollars(guess)})" if lost else ""
-    unpriced = sum(entry["unpriced"] for entry in found["costs"])
+    unpriced = found["unpriced_total"]
     return {
         "runs begun": runs or "none",
-        "workers lost": f"{len(found['workers_lost']):,} with work in hand",
-        "rescued steps": f"{sum(entry['count'] for entry in found['recoveries']):,}",
+        "workers lost": f"{found['workers_lost_total']:,} with work in hand",
+        "rescued steps": f"{found['rescued_total']:,}",
         "resumed by people": f"{found['resumed']:,}",
         "retries": f"{found['retries_total']:,}, and {found['reruns']:,} review rounds",
         "fence refusals": f"{found['fence_refusals']:,} late commits",

@@ -116,8 +116,6 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
         reach(CrashPoint.CLAIM_BEFORE, agent.id, str(step.run_id))
         claim = through_outage(lambda: worker.store.claim(bid), max_s=OUTAGE_MAX_S)
         _send_next(worker, claim)
-        if bid.lean and claim.reads:
-            claim = replace(claim, outputs=cached.outputs(worker, step.run_id, pipeline, claim))
         deadline = Deadline.after_ms(agent.timeout_ms)
         if claim.outcome == "alone":
             from app.execution import alone
@@ -160,6 +158,7 @@ def _attempt(attempt: Attempt, broken: AgentError | None) -> Result:
     try:
         if broken:
             raise broken
+        attempt = _with_outputs(attempt)
         _check_claim(attempt)
         _check_run_input(attempt)
         _check_world(attempt)
@@ -175,6 +174,16 @@ def _attempt(attempt: Attempt, broken: AgentError | None) -> Result:
     except Exception as error:  # noqa: BLE001  # our own bug must end as a dead letter, not as a hung step
         return _fail(attempt, _internal(error))
     return _complete(attempt, answer)
+
+
+def _with_outputs(attempt: Attempt) -> Attempt:
+    """The attempt with what a lean claim left out. The agent's time begins once it is there."""
+    claim = attempt.claim
+    if not claim.reads:
+        return attempt
+    outputs = cached.outputs(attempt.worker, attempt.step.run_id, attempt.pipeline, claim)
+    deadline = Deadline.after_ms(attempt.agent.timeout_ms)
+    return replace(attempt, claim=replace(claim, outputs=outputs), deadline=deadline)
 
 
 def _stale(attempt: Attempt) -> Result:

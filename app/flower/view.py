@@ -7,11 +7,10 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from app.errors import AuthorMistake
 from app.flower.graph import DIAMOND_PX, layout
-from app.pipelines import expressions, templates
 from app.redaction import redact
 from app.runs.explain import explain
+from app.runs.given import gate_seen, tries_by_id
 from app.runs.states import RUN_ENDED, AttemptState, RunState, StepState
 from app.words import clean, cut, dollars, duration, lines, moment, one_line, seconds, short, took
 
@@ -33,8 +32,7 @@ BAR_MIN_PERCENT = 0.6
 def run_page(run: "Json", events: "Sequence[Json]", pipeline: "Pipeline") -> "Json":
     """Of a run as `operations.document` gives it, and its events, what run.html shows."""
     told = explain(run, events)
-    tries = {entry["id"]: entry for step in run["steps"] for entry in step["tries"]}
-    gates = {agent.id: agent.gate for agent in pipeline.agents if agent.gate}
+    tries = tries_by_id(run)
     timeline = _timeline(run, events, pipeline, tries)
     return {
         "id": run["id"],
@@ -47,7 +45,7 @@ def run_page(run: "Json", events: "Sequence[Json]", pipeline: "Pipeline") -> "Js
         "why": [sentence for part in told if (sentence := text(part))][:2],
         "facts": _facts(run),
         "cards": _cards(run),
-        "graph": _graph(run, gates),
+        "graph": _graph(run, pipeline, tries),
         "waiting": [_request(entry) for entry in run["approvals"] if entry["state"] == "requested"],
         "steps": [_step(step, pipeline.by_id[step["agent"]]) for step in run["steps"]],
         "input": value(run["input"]),
@@ -111,8 +109,11 @@ def _calls(count: int) -> str:
 # The picture.
 
 
-def _graph(run: "Json", gates: "dict[str, str]") -> "Json":
+def _graph(run: "Json", pipeline: "Pipeline", tries: "dict[str, Json]") -> "Json":
     steps = {step["agent"]: step for step in run["steps"]}
+    gates = {agent.id: agent.gate for agent in pipeline.agents if agent.gate}
+    last = {name: steps[name]["tries"][-1] for name in gates if steps[name]["tries"]}
+    seen = {name: gate_seen(attempt, pipeline.by_id[name], run, tries) for name, attempt in last.items()}
     drawn = layout({name: step["depends_on"] for name, step in steps.items()})
     nodes = [
         {
@@ -138,7 +139,7 @@ def _graph(run: "Json", gates: "dict[str, str]") -> "Json":
                 "top": node.y - 9,
                 "text": cut(_plain(gates[node.agent]), GATE_MAX_CHARS),
                 "whole": text(_plain(gates[node.agent])),
-                "verdict": _verdict(steps[node.agent]["tries"][-1]) if steps[node.agent]["tries"] else "",
+                "verdict": (seen.get(node.agent) or {}).get("verdict", ""),
             }
             for node in drawn.nodes
             if node.agent in gates
@@ -259,26 +260,12 @@ def _named(agent: str, read: "Json", tries: "dict[str, Json]") -> str:
 
 
 def _gate(attempt: "Json", agent: "Agent", run: "Json", tries: "dict[str, Json]") -> "Json | None":
-    """The gate with the values that it saw: those of the outputs which the attempt pinned."""
-    if agent.gate is None or attempt["decided_by"]:
+    """The gate with the values that it saw."""
+    seen = gate_seen(attempt, agent, run, tries)
+    if seen is None:
         return None
-    given = {name: (tries.get(read["attempt"]) or {}).get("output") for name, read in attempt["reads"].items()}
-    given["input"] = run["input"]
-    saw = []
-    for path in expressions.parse(agent.gate).references:
-        try:
-            found = repr(templates.lookup(path, given))
-        except AuthorMistake:
-            found = "missing"
-        saw.append(f"{'.'.join(path)} = {cut(one_line(found), SHORT_TEXT_MAX_CHARS)}")
-    return {"text": text(_plain(agent.gate)), "saw": ", ".join(saw), "verdict": _verdict(attempt)}
-
-
-def _verdict(attempt: "Json") -> str:
-    """What the gate of an attempt said. One that was lost or executes may not have asked it yet."""
-    if attempt["state"] in {AttemptState.EXECUTING, AttemptState.LOST} or attempt["decided_by"]:
-        return ""
-    return "refused" if (attempt["error"] or {}).get("code") == "gate_refused" else "held"
+    saw = [f"{name} = {cut(one_line(repr(found)), SHORT_TEXT_MAX_CHARS)}" for name, found in seen["values"].items()]
+    return {"text": text(_plain(seen["expression"])), "saw": ", ".join(saw), "verdict": seen["verdict"]}
 
 
 def _sentence(event: "Json") -> str:

@@ -75,7 +75,8 @@ def audit(path: Path, *, aliases: Mapping[str, str], handler_modules: Collection
 
 def _of_checklist(file: Path, definition: Definition, pipeline: Pipeline | None) -> Iterator[Finding]:
     agents = [draft.agent for draft in definition.drafts]
-    sources = {agent.id: handler_source.read(file.parent, agent.handler) for agent in agents if agent.handler}
+    read = handler_source.Reader(file.parent).read
+    sources = {agent.id: read(agent.handler) for agent in agents if agent.handler}
     subject = Subject(definition, pipeline, sources)
     for rule in CHECKLIST.values():
         for found in rule.check(subject) if rule.check else ():

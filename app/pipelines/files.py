@@ -43,7 +43,7 @@ def _decode(data: bytes) -> str:
         line_start = data.rfind(b"\n", 0, start) + 1
         place = (data.count(b"\n", 0, start) + 1, len(data[line_start:start].decode()) + 1)
         raise Unreadable(place, f"is not UTF-8: byte 0x{data[start]:02x} at offset {start}.") from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _near(path: Path) -> str:

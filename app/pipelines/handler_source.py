@@ -7,18 +7,21 @@ have none.
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.machinery import PathFinder
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from app.pipelines import files, handlers
-from app.pipelines.limits import HANDLERS_MAX_BYTES
+from app.pipelines.limits import FAULTS_MAX_COUNT, HANDLERS_MAX_BYTES
 from app.pipelines.names import HANDLERS_MODULE
 from app.pipelines.report import Place, Unreadable
 
 FOLLOWED_MAX = 5
+NAME_MAX_PARTS = 10  # of `a.b.c`: what is known has at most three
 
 # Modules whose functions change nothing outside the process.
 _PURE_NAMES = """
@@ -67,28 +70,69 @@ class HandlerSource:
     reads: tuple[Read, ...]
 
 
-def read(folder: Path, handler: str) -> HandlerSource | None:
-    """The source of `module:function`, beside a skill file or on Python's path; None where none can be read."""
-    name, _, function = handler.partition(":")
-    file = folder / f"{HANDLERS_MODULE}.py" if name == HANDLERS_MODULE else _find(name)
-    found = _follow(_module(file), function, FOLLOWED_MAX) if file else None
-    if found is None:
-        return None
-    module, node, wrappers = found
-    reached = list(module.reached(node))
-    context = next((arg.arg for arg in (*node.args.posonlyargs, *node.args.args)), "ctx")
-    onces = tuple(once for each in reached for once in _onces(module, each))
-    acting = [call for each in reached for call in module.acting(each)]
-    acting.sort(key=lambda call: call != f"{context}.once")
-    decorators = {_last_name(decorator) for decorator in node.decorator_list} | wrappers
-    return HandlerSource(
-        module.file,
-        module.place(node),
-        "effects_once" in decorators,
-        acting[0] if acting else None,
-        onces,
-        tuple(found for each in reached for found in _Reads(module, context).of(each)),
-    )
+class Reader:
+    """Reads the handlers of one skill: each module is parsed once, and each function looked at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._modules: dict[Path, _Module | None] = {}
+
+    def read(self, handler: str) -> HandlerSource | None:
+        """The source of `module:function`, beside the skill file or on Python's path; None where none can be read."""
+        name, _, function = handler.partition(":")
+        file = self._folder / f"{HANDLERS_MODULE}.py" if name == HANDLERS_MODULE else _find(name)
+        found = self._follow(file, function, FOLLOWED_MAX)
+        if found is None:
+            return None
+        module, node, wrappers = found
+        context = next((arg.arg for arg in (*node.args.posonlyargs, *node.args.args)), "ctx")
+        parts = [module.part(each, context) for each in module.reached(node)]
+        acting = sorted((name for part in parts for name in part.acts), key=lambda name: name != f"{context}.once")
+        decorators = {_last_name(decorator) for decorator in node.decorator_list} | wrappers
+        return HandlerSource(
+            module.file,
+            module.place(node),
+            "effects_once" in decorators,
+            acting[0] if acting else None,
+            _some(once for part in parts for once in part.onces),
+            _some(read for part in parts for read in part.reads),
+        )
+
+    def _module(self, file: Path) -> "_Module | None":
+        if file not in self._modules:
+            try:
+                self._modules[file] = _Module(file, files.read(file, HANDLERS_MAX_BYTES))
+            except Unreadable:
+                self._modules[file] = None
+        return self._modules[file]
+
+    def _follow(self, file: Path | None, name: str, left: int) -> "_Followed | None":
+        """The function that a module's name stands for, and the names of what it was wrapped in."""
+        module = self._module(file) if file and left else None
+        if module is None:
+            return None
+        if isinstance(node := module.definitions.get(name), ast.FunctionDef):
+            return module, node, frozenset()
+        for statement in module.tree.body:
+            targets = statement.targets if isinstance(statement, ast.Assign) else ()
+            if isinstance(statement, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in targets):
+                value, wrappers = statement.value, frozenset[str]()
+                if isinstance(value, ast.Call) and len(value.args) == 1:
+                    wrappers = frozenset({_last_name(value.func)})
+                    value = value.args[0]
+                found = self._follow(file, value.id, left - 1) if isinstance(value, ast.Name) else None
+                return (found[0], found[1], found[2] | wrappers) if found else None
+        where, _, original = module.imports.get(name, "").rpartition(".")
+        return self._follow(_find(where) if where else None, original, left - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one function or class says: the names of its calls that may have an effect, and what it does by `ctx`."""
+
+    acts: tuple[str, ...]
+    onces: tuple[Once, ...]
+    reads: tuple[Read, ...]
 
 
 class _Module:
@@ -99,6 +143,15 @@ class _Module:
         self.definitions = {
             node.name: node for node in self.tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
         }
+        self._parts: dict[tuple[ast.AST, str], _Part] = {}
+        self._named: dict[ast.AST, list[str]] = {}
+
+    def part(self, node: ast.AST, context: str) -> _Part:
+        """What a definition says, where its context has that name."""
+        if (node, context) not in self._parts:
+            reads = _some(_Reads(self, context).of(node))
+            self._parts[node, context] = _Part(tuple(self.acting(node)), _some(_onces(self, node)), reads)
+        return self._parts[node, context]
 
     @cached_property
     def imports(self) -> dict[str, str]:
@@ -125,14 +178,16 @@ class _Module:
         while waiting:
             node = waiting.pop()
             yield node
-            named = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
-            for name in sorted(named & self.definitions.keys()):
+            if node not in self._named:
+                named = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+                self._named[node] = sorted(named & self.definitions.keys())
+            for name in self._named[node]:
                 if id(self.definitions[name]) not in seen:
                     seen.add(id(self.definitions[name]))
                     waiting.append(self.definitions[name])
 
     def qualified(self, node: ast.expr) -> str:
-        """`datetime.datetime.now` for what is called or read; a name alone where no import binds it."""
+        """`datetime.datetime.now` for what is called, or how that begins; a name alone where no import binds it."""
         names: list[str] = []
         while not isinstance(node, ast.Name):
             if isinstance(node, ast.Attribute):
@@ -144,39 +199,50 @@ class _Module:
                 node = node.value
             else:
                 return ""
-        return ".".join([self.imports.get(node.id, node.id), *reversed(names)])
+        return ".".join([self.imports.get(node.id, node.id), *reversed(names[-NAME_MAX_PARTS:])])
 
     def acting(self, node: ast.AST) -> Iterator[str]:
         """The calls in a definition that may have an effect outside, by their names."""
+        imports = frozenset(self.imports.values())
         for call in _calls(node):
             name = self.qualified(call.func)
             root = name.split(".")[0]
-            imported = name and any(name == full or name.startswith(f"{full}.") for full in self.imports.values())
+            imported = _within(name, imports)
             acts = imported and not _is_pure(name) if imported else root in _ACTING_BUILTINS and name == root
             if acts or _is_once(call):
                 yield name.lstrip(".")
 
-    def unstable(self, key: ast.expr, assigned: dict[str, list[ast.expr]], levels: int = 3) -> str | None:
-        """What makes a key's expression differ from attempt to attempt; None where nothing is seen to."""
-        for node in ast.walk(key):
+    def unstable(self, value: ast.expr, names: Mapping[str, str]) -> str | None:
+        """What makes an expression differ from attempt to attempt; None where nothing is seen to. `names` do so."""
+        for node in ast.walk(value):
             if isinstance(node, ast.Call):
                 name = self.qualified(node.func)
                 if _within(name, _UNSTABLE) or name in _UNSTABLE_BUILTINS:
                     return name
             elif isinstance(node, ast.Attribute) and node.attr == "number" and _last_name(node.value) == "run":
                 return "the number of the attempt"
-            elif isinstance(node, ast.Name) and levels:
-                for value in assigned.get(node.id, ()):
-                    if found := self.unstable(value, {**assigned, node.id: []}, levels - 1):
-                        return found
+            elif isinstance(node, ast.Name) and node.id in names:
+                return names[node.id]
         return None
 
-
-def _module(file: Path) -> _Module | None:
-    try:
-        return _Module(file, files.read(file, HANDLERS_MAX_BYTES))
-    except Unreadable:
-        return None
+    def unstable_names(self, node: ast.AST) -> dict[str, str]:
+        """Each name in a definition that is given a value which differs so, also through other names -> by what."""
+        found: dict[str, str] = {}
+        users: dict[str, list[ast.Assign]] = {}
+        waiting: list[tuple[ast.Assign, str]] = []
+        for each in ast.walk(node):
+            if isinstance(each, ast.Assign):
+                if why := self.unstable(each.value, {}):
+                    waiting.append((each, why))
+                for name in {inner.id for inner in ast.walk(each.value) if isinstance(inner, ast.Name)}:
+                    users.setdefault(name, []).append(each)
+        while waiting:
+            assign, why = waiting.pop()
+            for target in assign.targets:
+                if isinstance(target, ast.Name) and target.id not in found:
+                    found[target.id] = why
+                    waiting += [(user, why) for user in users.get(target.id, ())]
+        return found
 
 
 def _find(name: str) -> Path | None:
@@ -193,26 +259,12 @@ def _find(name: str) -> Path | None:
 
 
 _Followed = tuple[_Module, ast.FunctionDef, frozenset[str]]
+_T = TypeVar("_T")
 
 
-def _follow(module: _Module | None, name: str, left: int) -> _Followed | None:
-    """The function that a module's name stands for, and the names of what it was wrapped in."""
-    if module is None or not left:
-        return None
-    if isinstance(node := module.definitions.get(name), ast.FunctionDef):
-        return module, node, frozenset()
-    for statement in module.tree.body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else ()
-        if isinstance(statement, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in targets):
-            value, wrappers = statement.value, frozenset[str]()
-            if isinstance(value, ast.Call) and len(value.args) == 1:
-                wrappers = frozenset({_last_name(value.func)})
-                value = value.args[0]
-            found = _follow(module, value.id, left - 1) if isinstance(value, ast.Name) else None
-            return (found[0], found[1], found[2] | wrappers) if found else None
-    where, _, original = module.imports.get(name, "").rpartition(".")
-    file = _find(where) if where else None
-    return _follow(_module(file), original, left - 1) if file else None
+def _some(found: Iterable[_T]) -> tuple[_T, ...]:
+    """Past the limit a further finding helps nobody."""
+    return tuple(islice(found, FAULTS_MAX_COUNT))
 
 
 def _calls(node: ast.AST) -> list[ast.Call]:
@@ -227,18 +279,13 @@ def _is_once(call: ast.Call) -> bool:
 
 
 def _onces(module: _Module, node: ast.AST) -> Iterator[Once]:
-    assigned: dict[str, list[ast.expr]] = {}
-    for each in ast.walk(node):
-        if isinstance(each, ast.Assign):
-            for target in each.targets:
-                if isinstance(target, ast.Name):
-                    assigned.setdefault(target.id, []).append(each.value)
+    names = module.unstable_names(node)
     for call in filter(_is_once, _calls(node)):
         keywords = {keyword.arg: keyword.value for keyword in call.keywords}
         check = keywords.get("check")
         has_check = None in keywords or not (check is None or (isinstance(check, ast.Constant) and check.value is None))
         key = call.args[0] if call.args else keywords.get("key")
-        yield Once(module.place(call), has_check, module.unstable(key, assigned) if key else None)
+        yield Once(module.place(call), has_check, module.unstable(key, names) if key else None)
 
 
 class _Reads:

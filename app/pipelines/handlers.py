@@ -3,6 +3,7 @@
 import ast
 import warnings
 
+from app.pipelines.limits import HANDLERS_MAX_LEVELS, HANDLERS_MAX_NODES
 from app.pipelines.report import Place, Unreadable
 
 
@@ -28,15 +29,34 @@ def functions(text: str) -> dict[str, tuple[Place, str | None]]:
 
 
 def parse(text: str) -> ast.Module:
-    """The tree of a module. Raises Unreadable."""
+    """The tree of a module, of a size that whoever walks it needs no bound of his own. Raises Unreadable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a handler's own, such as an odd escape, are not ours to report
-            return ast.parse(text)
+            tree = ast.parse(text)
     except SyntaxError as error:
         raise Unreadable((error.lineno or 1, error.offset or 1), f"is not Python: {error.msg}.") from error
-    except (ValueError, RecursionError, MemoryError) as error:
+    except ValueError as error:
         raise Unreadable((1, 1), f"is not Python: {error}.") from error
+    except (RecursionError, MemoryError) as error:
+        raise Unreadable((1, 1), "is not Python: it nests too deeply to be read.") from error
+    _check_size(tree)
+    return tree
+
+
+def _check_size(tree: ast.Module) -> None:
+    level: list[ast.AST] = [tree]
+    levels = nodes = 0
+    while level:
+        levels, nodes = levels + 1, nodes + len(level)
+        place = next(
+            ((node.lineno, node.col_offset + 1) for node in level if isinstance(node, ast.expr | ast.stmt)), (1, 1)
+        )
+        if levels > HANDLERS_MAX_LEVELS:
+            raise Unreadable(place, f"nests deeper than {HANDLERS_MAX_LEVELS} levels.")
+        if nodes > HANDLERS_MAX_NODES:
+            raise Unreadable((1, 1), f"has more than {HANDLERS_MAX_NODES} names, calls and the like.")
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
 
 
 def _takes_one(args: ast.arguments) -> bool:

@@ -5,6 +5,9 @@ FILE_MAX_BYTES = 262_144
 PROMPT_MAX_BYTES = 131_072
 SCHEMA_MAX_BYTES = 65_536
 HANDLERS_MAX_BYTES = 1_048_576
+# As Python parses it: how deep, and how much. Whoever reads it looks at each part a few times.
+HANDLERS_MAX_LEVELS = 200
+HANDLERS_MAX_NODES = 100_000
 # A whole definition, prompts and schemas included, as it is stored.
 DEFINITION_MAX_BYTES = 2_000_000
 

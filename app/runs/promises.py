@@ -157,8 +157,9 @@ def _once(history: History) -> Iterator[Said]:
 
 def _effects(history: History) -> Iterator[Said]:
     done = {(entry["agent"], entry["generation"]) for entry in history.completed if not entry["decided_by"]}
+    begun_in = {entry["id"]: entry["generation"] for entry in history.tries}
     for effect in history.effects:
-        if effect["state"] == "begun" and (effect["agent"], effect["generation"]) in done:
+        if effect["state"] == "begun" and (effect["agent"], begun_in.get(effect["attempt_id"])) in done:
             yield (
                 "broken",
                 f"{effect['agent']} is completed, and its effect {effect['key']!r} was never seen to happen.",

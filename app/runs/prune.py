@@ -1,4 +1,4 @@
-"""Retention: runs that ended long ago are deleted in batches, each a short transaction of its own.
+"""Retention: what ended long ago, and what is left over, is deleted in batches, each a short transaction of its own.
 
 Nothing is remembered between batches but a place in the order of ending, so whoever is killed has lost nothing: the
 next one begins anew and finds less. What a worker or a person holds just now is skipped.
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 BATCH_RUNS_MAX = 100
 BATCH_EVENTS_MAX = 500
 
+# Of what is left over. A definition may be large: it is stored in a thousand pieces.
+BATCH_WORKERS_MAX = 500
+BATCH_DEFINITIONS_MAX = 10
+
 # Why a run that ended stays, as `kept_because` names it.
 KEPT = {
     "unfinished": "something of it executes or waits",
@@ -45,6 +49,12 @@ _PRUNE = call(
     ("runs_max", Integer()),
     ("events_max", Integer()),
     ("dry_run", Boolean()),
+)
+_PRUNE_REST = call(
+    "prune_rest_v1",
+    ("before", TIMESTAMP(timezone=True)),
+    ("workers_max", Integer()),
+    ("definitions_max", Integer()),
 )
 _BEFORE = text("select stepfast.now() - :age").bindparams(bindparam("age", type_=Interval()))
 _COUNT = text("""
@@ -92,6 +102,20 @@ class Pruning:
                 return
             yield Batch(found["looked_at"], found["pruned"], found["kept"])
             after_at, after_id = datetime.fromisoformat(found["last_at"]), UUID(found["last_id"])
+
+    def rest(self) -> "Iterator[tuple[int, int]]":
+        """Prunes workers that ended before, and definitions that no run has. Yields how many of each, by batch."""
+        bounds = {
+            "before": self.before,
+            "workers_max": BATCH_WORKERS_MAX,
+            "definitions_max": BATCH_DEFINITIONS_MAX,
+        }
+        while True:
+            with self._engine.connect() as connection:
+                found = connection.execute(_PRUNE_REST, bounds).scalar_one()
+            if not any(found.values()):
+                return
+            yield found["workers"], found["definitions"]
 
 
 def prunable_count(engine: "Engine", older_than: "timedelta", limit: int) -> int:

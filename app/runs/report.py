@@ -52,7 +52,7 @@ PARTS = {
         group by 1 order by 2 desc, 1 limit :rows""",
     "workers_lost": f"""
         select (e.data->>'worker')::bigint as worker, w.host, w.pid, w.ended_at, count(*) as steps,
-               array_agg(distinct r.pipeline || '.' || e.agent) as agents
+               array_agg(distinct r.pipeline || '.' || e.agent) as agents, count(*) over () as workers_of_all
         from (select e.* from {_EVENTS} and e.name = 'step.rescued' and e.data->>'reason' = 'died') e
         join stepfast.runs r on r.id = e.run_id
         left join stepfast.workers w on w.id = (e.data->>'worker')::bigint
@@ -95,7 +95,9 @@ PARTS = {
         select pipeline, coalesce(model, 'unknown') as model, count(*) as calls,
                sum((usage->>'input_tokens')::bigint)::bigint as input_tokens,
                sum((usage->>'output_tokens')::bigint)::bigint as output_tokens,
-               sum(cost_usd)::float8 as cost_usd, count(*) filter (where cost_usd is null) as unpriced
+               sum(cost_usd)::float8 as cost_usd, count(*) filter (where cost_usd is null) as unpriced,
+               (sum(sum(cost_usd)) over ())::float8 as usd_of_all,
+               (sum(count(*) filter (where cost_usd is null)) over ())::bigint as unpriced_of_all
         from (select r.pipeline, a.model, a.usage, a.cost_usd from {_ATTEMPTS} and a.usage is not null
               union all
               select r.pipeline, e.data->>'model', e.data->'usage', (e.data->>'cost_usd')::numeric from {_EVENTS}
@@ -122,11 +124,11 @@ def report(engine: "Engine", *, since: datetime | timedelta, pipeline: str | Non
 
     Keys: since, until, pipeline; runs ({state: count}; those that completed in part are `partial`); recoveries
     (reason, count, begun_again, p50_s, p95_s, max_s: from the first doubt to the next attempt); workers_lost (worker,
-    host, pid, ended_at, steps, agents); resumed (runs, by people), retries (pipeline, agent, code, count),
-    retries_total, reruns (review rounds), fence_refusals; costs (by pipeline and model), wasted (how: failed, fenced or
-    lost; code, calls, cost_usd, unpriced, estimate_usd), cost_usd and wasted_usd (sums of what is priced);
-    dead_letters (by fingerprint: count, open, newest, …); slowest (agents by p95: attempts, p50_s, p95_s, max_s). Each
-    list has at most ROWS_MAX rows.
+    host, pid, ended_at, steps, agents); resumed (runs, by people), retries (pipeline, agent, code, count), reruns
+    (review rounds), fence_refusals; costs (by pipeline and model), wasted (how: failed, fenced or lost; code, calls,
+    cost_usd, unpriced, estimate_usd), cost_usd and wasted_usd (sums of what is priced); dead_letters (by fingerprint:
+    count, open, newest, …); slowest (agents by p95: attempts, p50_s, p95_s, max_s). Each list has at most ROWS_MAX
+    rows; workers_lost_total, rescued_total, retries_total, unpriced_total and cost_usd are of all that there are.
     """
     with engine.connect() as connection:
         until = connection.execute(_NOW).scalar_one()
@@ -138,14 +140,18 @@ def report(engine: "Engine", *, since: datetime | timedelta, pipeline: str | Non
         "until": _plain(until),
         "pipeline": pipeline,
         "runs": {"partial" if row["partial"] else row["state"]: row["count"] for row in parts["runs"]},
-        **{name: parts[name] for name in ("recoveries", "workers_lost")},
+        "rescued_total": events.get("step.rescued", 0),
+        "recoveries": parts["recoveries"],
+        "workers_lost_total": _of_all(parts["workers_lost"], "workers"),
+        "workers_lost": parts["workers_lost"],
         "resumed": events.get("run.resumed", 0),
         "retries_total": events.get("step.retry_scheduled", 0),
         "retries": parts["retries"],
         "reruns": events.get("step.rerun", 0),
         "fence_refusals": events.get("step.fenced", 0),
-        "cost_usd": _sum(parts["costs"]),
-        "wasted_usd": _sum(parts["wasted"]),
+        "cost_usd": _of_all(parts["costs"], "usd"),
+        "unpriced_total": _of_all(parts["costs"], "unpriced"),
+        "wasted_usd": round(sum(row["cost_usd"] or 0.0 for row in parts["wasted"]), 6),
         **{name: parts[name] for name in ("costs", "wasted", "dead_letters", "slowest")},
     }
 
@@ -163,8 +169,9 @@ def _rows(connection: "Connection", query: str, since: datetime, pipeline: str |
     return [{name: _plain(value) for name, value in row.items()} for row in found]
 
 
-def _sum(rows: "list[Json]") -> float:
-    return round(sum(row["cost_usd"] or 0.0 for row in rows), 6)
+def _of_all(rows: "list[Json]", what: str) -> float:
+    """Takes out of each row what stands in all of them: a sum over all rows, also those that did not come first."""
+    return max((row.pop(f"{what}_of_all") or 0 for row in rows), default=0)
 
 
 def _plain(value: object) -> object:

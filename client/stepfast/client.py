@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from stepfast.databases import Database, OwnDatabase, database
-from stepfast.errors import InvalidInput, Misuse, NotReady, UnknownName
+from stepfast.errors import InvalidInput, Misuse, NotReady, UnknownName, check_text
 from stepfast.messages import sender
 from stepfast.runs import RunHandle
 
@@ -79,9 +79,21 @@ class Client:
         return self.start(self.database(connection), pipeline, input, uuid4(), **options)
 
     def check(
-        self, found: Database, pipeline: str, run_input: object, labels: object = None, priority: int = 0
+        self,
+        found: Database,
+        pipeline: str,
+        run_input: object,
+        *,
+        key: str | None = None,
+        tenant: str | None = None,
+        labels: object = None,
+        priority: int = 0,
     ) -> tuple[str, str, str]:
         """Refuses what can be, before anything is written. Returns the JSON of both, and the definition's hash."""
+        if key == "":
+            raise InvalidInput("The key is empty.", next_step="Leave it out where no other start is the same run.")
+        for what, value in (("pipeline's name", pipeline), ("key", key), ("tenant", tenant)):
+            check_text(what, value)
         if not 0 <= priority <= PRIORITY_MAX:
             raise Misuse(f"The priority is from 0 to {PRIORITY_MAX}.")
         text = _json(run_input, "input", self._input_max_bytes)
@@ -111,7 +123,9 @@ class Client:
     ) -> RunHandle:
         """Writes a run, in one round trip, and has its message sent after the commit."""
         for _ in range(_MOVES_MAX):
-            text, labelled, known = self.check(found, pipeline, run_input, labels, priority)
+            text, labelled, known = self.check(
+                found, pipeline, run_input, key=key, tenant=tenant, labels=labels, priority=priority
+            )
             values = (pipeline, text, key, tenant or "default", labelled, priority, str(run_id), known, _traceparent())
             for started, created in found.write(_ENQUEUE, values):
                 if created:

@@ -119,6 +119,11 @@ class ConnectionDatabase:
     def __init__(self, connection: "Connection") -> None:
         if connection.dialect.name != "postgresql":
             raise Misuse(f"Stepfast stands in Postgres, and this connection is to {connection.dialect.name}.")
+        if connection.dialect.driver != "psycopg":
+            raise Misuse(
+                f"Stepfast joins SQLAlchemy on psycopg, and this connection's driver is {connection.dialect.driver}.",
+                next_step="Use a URL of postgresql+psycopg://, or pass no connection.",
+            )
         self._connection = connection
 
     def read(self, statement: str, parameters: Parameters = ()) -> Rows:

@@ -93,7 +93,16 @@ def translated() -> Iterator[None]:
                 ) from error
             case "42501":
                 raise NotReady(sentence, next_step=f"{_MIGRATE} --client ROLE, or --operator ROLE.") from error
+        if state and state.startswith("23"):
+            # The driver's own text goes on with the row that was refused, in which the input stands.
+            raise InvalidInput(f"Postgres refuses this: {sentence}") from None
         raise
+
+
+def check_text(what: str, value: str | None) -> None:
+    """Refuses what Postgres keeps in no text, before a driver does. Raises InvalidInput."""
+    if value is not None and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+        raise InvalidInput(f"The {what} holds a NUL or half of a surrogate pair, which cannot be stored.")
 
 
 def _cause(error: BaseException) -> tuple[str, str | None]:

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from stepfast.databases import Database
-from stepfast.errors import Misuse, NotEnded, NotPossible, RunFailed, UnknownName
+from stepfast.errors import Misuse, NotEnded, NotPossible, RunFailed, UnknownName, check_text
 
 T = TypeVar("T")
 Json = dict[str, Any]
 
-EVENTS_MAX = 10_000
+EVENTS_PAGE = 10_000
 RESULT_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 10.0
 _POLL_FIRST_S = 0.05
@@ -164,10 +164,15 @@ class RunHandle:
         return {agent: json.loads(output) for agent, output in self._database.read(_OUTPUTS, (str(self.id),))}
 
     def events(self, after_seq: int = 0) -> list[Event]:
-        """The run's events after a sequence number, oldest first, at most EVENTS_MAX."""
-        rows = self._database.read(_EVENTS, (str(self.id), after_seq, EVENTS_MAX))
-        parsed = [json.loads(row[0]) for row in rows]
-        return [Event(seq, name, datetime.fromisoformat(at), agent, data) for seq, name, at, agent, data in parsed]
+        """The run's events after a sequence number, oldest first."""
+        found: list[Event] = []
+        while True:
+            rows = self._database.read(_EVENTS, (str(self.id), after_seq, EVENTS_PAGE))
+            for seq, name, at, agent, data in (json.loads(row[0]) for row in rows):
+                found.append(Event(seq, name, datetime.fromisoformat(at), agent, data))
+                after_seq = seq
+            if len(rows) < EVENTS_PAGE:
+                return found
 
     def approve(self, agent: str, *, by: str, reason: str | None = None, digest: str | None = None) -> Request:
         """Lets an agent do what it waits for. `digest` (`Ask.digest`) binds that to what was seen."""
@@ -186,6 +191,13 @@ class RunHandle:
         return self._order("cancel", by, None, reason, None)
 
     def _order(self, action: str, by: str, agent: str | None, reason: str | None, digest: str | None) -> Request:
+        for what, value in (
+            ("name of who orders", by),
+            ("agent's name", agent),
+            ("reason", reason),
+            ("digest", digest),
+        ):
+            check_text(what, value)
         values = (action, str(self.id), by, agent, reason, digest)
         request_id = UUID(self._database.write(_REQUEST, values)[0][0])
         self._database.after_commit(lambda: self._looked_after(str(self.id)))

@@ -31,7 +31,7 @@ def enqueue(
     options: dict[str, Any] = {"key": key, "tenant": tenant, "labels": labels, "priority": priority}
     if using == made.alias or not connections[using].in_atomic_block:
         return ours.enqueue(pipeline, input, connection=made, **options)
-    ours.check(made, pipeline, input, labels, priority)
+    ours.check(made, pipeline, input, **options)
     handle = RunHandle(uuid4(), made, ours.look_after)
 
     def start() -> None:

@@ -1,6 +1,6 @@
 -- The one start path: the command line, the client, Celery's stepfast.start and plain SQL all call it.
 -- Errors: SF001 unknown pipeline; SF002 the key was used with another input; SF003 the input is not an object, or a key is
--- too long or has no value. Where p_hash is given and the name means another definition by now, nothing is started, and no row
+-- empty, too long or has no value. Where p_hash is given and the name means another definition by now, nothing is started, and no row
 -- returned: whoever checked the input against that definition checks it anew. p_traceparent: of the host's span (W3C), to which
 -- the run's trace is linked.
 create function stepfast.enqueue_v1(
@@ -27,6 +27,9 @@ declare
 begin
     if p_input is null or jsonb_typeof(p_input) <> 'object' then
         raise exception 'the input must be a JSON object' using errcode = 'SF003';
+    end if;
+    if p_key = '' then
+        raise exception 'the key is empty' using errcode = 'SF003';
     end if;
     if octet_length(p_key) > 1000 then -- what fits into an index
         raise exception 'the key is longer than 1,000 bytes' using errcode = 'SF003';

@@ -83,10 +83,16 @@ begin
     if not p_dry_run and v_ids <> '{}' then
         insert into stepfast.spent_keys (tenant, pipeline, key, run_id, input_hash, pruned_at)
         select tenant, pipeline, key, id, input_hash, v_now from stepfast.runs where id = any (v_ids) and key is not null;
-        -- A key outlives its run, with its output. One that names its run goes with it: no other run can come with it.
-        with mine as (
+        -- A key outlives its run, with its output. One that names its run goes with it: no other run can come with it. It does
+        -- where the agent's key is made of run_id; what only looks so came with the input, and may come again.
+        with naming as materialized (
+            select p.hash, agent->>'id' as agent
+            from stepfast.pipelines p,
+                 jsonb_path_query(p.definition, '$.agents[*] ? (@.key_parts[*].path[0] == "run_id")') agent
+            where p.hash in (select pipeline_hash from stepfast.runs where id = any (v_ids))),
+        mine as (
             select k.tenant, k.pipeline, k.agent, k.key, k.generation, a.output, a.output_hash, a.observed,
-                   position(r.id::text in k.key) > 0 as own
+                   exists (select from naming n where n.hash = r.pipeline_hash and n.agent = a.agent) as own
             from stepfast.runs r join stepfast.attempts a on a.run_id = r.id, lateral (
                 select * from stepfast.keys k
                 where k.tenant = r.tenant and k.pipeline = r.pipeline and k.agent = a.agent and k.key = a.key
@@ -103,4 +109,30 @@ begin
     end if;
     return jsonb_build_object('looked_at', cardinality(v_seen), 'pruned', cardinality(v_ids), 'kept', v_kept,
                               'last_at', v_last_at, 'last_id', v_seen[cardinality(v_seen)]);
+end $$;
+
+-- What is left over, a few a transaction: workers that ended before p_before, and definitions that were published before it and
+-- that no run has. The newest definition of a pipeline stays, and the one that its name means, also for a while after another one.
+-- Returns {"workers", "definitions"}: how many went; both are 0 at the end.
+create function stepfast.prune_rest_v1(p_before timestamptz, p_workers_max integer, p_definitions_max integer)
+returns jsonb language plpgsql volatile as $$
+declare
+    v_workers integer;
+    v_definitions integer;
+begin
+    delete from stepfast.workers where id = any (array(
+        select w.id from stepfast.workers w
+        where w.ended_at < p_before
+          and not exists (select from stepfast.attempts a where a.worker_id = w.id and a.state = 'executing')
+        order by w.ended_at limit p_workers_max for update skip locked));
+    get diagnostics v_workers = row_count;
+    delete from stepfast.pipelines where hash = any (array(
+        select p.hash from stepfast.pipelines p
+        where p.published_at < p_before
+          and exists (select from stepfast.pipelines q where q.name = p.name and q.published_at > p.published_at)
+          and not exists (select from stepfast.pipeline_names n where n.name = p.name and (n.hash = p.hash or n.moved_at >= p_before))
+          and not exists (select from stepfast.runs r where r.pipeline_hash = p.hash)
+        limit p_definitions_max for update skip locked));
+    get diagnostics v_definitions = row_count;
+    return jsonb_build_object('workers', v_workers, 'definitions', v_definitions);
 end $$;

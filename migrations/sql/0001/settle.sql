@@ -258,14 +258,19 @@ returns bigint language plpgsql volatile as $$
 declare
     s stepfast.steps;
     v_seq bigint := p_seq;
+    v_unknown text[] := stepfast.unknown_agents(r.id);
 begin
     for s in select * from stepfast.steps where run_id = r.id and agent = any (p_agents) order by agent, item loop
         if s.state = 'executing' then
             perform stepfast.take_back(r, s, jsonb_build_object('code', 'superseded', 'who', 'retry', 'next_step', '',
                 'details', '{}'::jsonb, 'message', format('%s was started anew because %s.', s.agent, p_reason)), p_now);
         end if;
-        -- Where the outcome was unknown, a person says by this that it did not happen: whoever comes first takes the key,
-        -- and the others take what that gives.
+        -- An effect that was begun, and may have happened, is looked for first in the new generation, too. Where the outcome was
+        -- unknown, a person says by this that it did not happen: whoever comes first takes the key, and the others take what
+        -- that gives.
+        update stepfast.effects set generation = generation + 1
+        where run_id = r.id and agent = s.agent and item = s.item and generation = s.generation and state = 'begun'
+          and s.agent <> all (v_unknown);
         delete from stepfast.keys k using stepfast.attempts a
         where a.run_id = s.run_id and a.id = s.attempt_id and k.tenant = r.tenant and k.pipeline = r.pipeline
           and k.agent = s.agent and k.key = a.key and k.attempt_id = s.attempt_id and k.state = 'unknown';

@@ -77,6 +77,7 @@ create index runs_concurrency on stepfast.runs (tenant, pipeline, concurrency_ke
 create index runs_deadline on stepfast.runs (deadline_at)
     where deadline_at is not null and state in ('pending', 'running', 'suspended');
 create index runs_created on stepfast.runs (created_at desc);
+create index runs_definition on stepfast.runs (pipeline_hash); -- whether a definition is used
 create index runs_ended on stepfast.runs (ended_at, id) where ended_at is not null; -- in the order of pruning
 create index runs_unfinished on stepfast.runs (state, created_at)
     where state in ('pending', 'running', 'suspended', 'failed') or partial;
@@ -188,7 +189,7 @@ create table stepfast.effects (
     run_id uuid not null references stepfast.runs (id) on delete cascade,
     agent text not null,
     item text not null default '',
-    generation integer not null,
+    generation integer not null,        -- of what is only begun: the newest, which must look for it
     key text not null,
     state text not null check (state in ('begun', 'happened')),
     attempt_id uuid not null,
@@ -303,6 +304,7 @@ create table stepfast.workers (
     ended_at timestamptz
 ) with (fillfactor = 50);
 create index workers_alive on stepfast.workers (id) where ended_at is null;
+create index workers_ended on stepfast.workers (ended_at) where ended_at is not null; -- in the order of pruning
 create index workers_children on stepfast.workers (parent_id) where ended_at is null and parent_id is not null;
 
 -- Since when this Postgres knows who is alive. Unlogged: a crash empties it, and so does the promotion of a standby, which
