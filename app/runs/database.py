@@ -100,7 +100,7 @@ def _without_options_behind_a_pooler(made: "Engine") -> None:
 
 
 def _prepare_nothing_behind_a_pooler(made: "Engine") -> None:
-    """psycopg prepares what a session is asked repeatedly: planning takes a quarter of a claim.
+    """Psycopg prepares what a session is asked repeatedly: planning takes a quarter of a claim.
 
     A pooler gives the session to somebody else meanwhile. It is known by this: the session's process is not the one
     that the connection was told of.
