@@ -51,6 +51,10 @@ types: $(VENV)/dev.stamp ## Check types
 enqueue: $(VENV)/dev.stamp ## Measure what starting a run costs a host
 	@$(BIN)/python bench/enqueue.py
 
+.PHONY: bench
+bench: $(VENV)/dev.stamp ## Measure Stepfast beside its peers, in turns (15 minutes; ARGS="--peers celery", or --help)
+	@$(BIN)/python bench/against.py $(ARGS)
+
 .PHONY: pictures
 pictures: $(VENV)/dev.stamp ## Take the documents' pictures of the example's pages anew
 	@PICTURES=docs/images $(BIN)/python -m pytest tests/test_web_examples.py -k shop
@@ -80,6 +84,10 @@ lock: $(VENV)/dev.stamp ## Pin the newest versions that pyproject.toml allows
 	@$(COMPILE) --upgrade -o requirements/base.txt pyproject.toml
 	@$(COMPILE) --upgrade -o requirements/demo.txt --extra demo -c requirements/base.txt pyproject.toml
 	@$(COMPILE) --upgrade -o requirements/dev.txt --group dev --all-extras -c requirements/demo.txt pyproject.toml client/pyproject.toml
+	@echo 'celery[redis]' | $(COMPILE) --upgrade -o requirements/bench-celery.txt -
+	@echo 'dbos' | $(COMPILE) --upgrade -o requirements/bench-dbos.txt -
+	@printf '%s\n' langgraph langgraph-checkpoint-postgres 'psycopg[binary,pool]' | $(COMPILE) --upgrade -o requirements/bench-langgraph.txt -
+	@printf '%s\n' absurd-sdk absurdctl 'psycopg[binary]' | $(COMPILE) --upgrade -o requirements/bench-absurd.txt -
 	@echo 'sqlalchemy<2.1' | $(COMPILE) --upgrade --no-deps -o requirements/oldest.txt -
 
 .PHONY: clean
