@@ -52,7 +52,7 @@ enqueue: $(VENV)/dev.stamp ## Measure what starting a run costs a host
 	@$(BIN)/python bench/enqueue.py
 
 .PHONY: bench
-bench: $(VENV)/dev.stamp ## Measure Stepfast beside its peers, in turns (15 minutes; ARGS="--peers celery", or --help)
+bench: $(VENV)/dev.stamp ## Measure Stepfast beside its peers, in turns (10 minutes; ARGS="--peers celery", or --help)
 	@$(BIN)/python bench/against.py $(ARGS)
 
 .PHONY: pictures

@@ -66,10 +66,9 @@ class Setting:
 
     processes: int
     concurrency: int
-    environ: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return " ".join([f"{self.processes} x {self.concurrency}", *(f"{n}={v}" for n, v in self.environ.items())])
+        return f"{self.processes} x {self.concurrency}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +108,13 @@ SIDES = {
     "celery": Side(
         "plain Celery chain",
         "celery_chain.py",
-        {"steps": Setting(2, 2, {"BENCH_PREFETCH": "4"}), "waiting": Setting(2, 125)},
+        {"steps": Setting(2, 2), "waiting": Setting(2, 125)},
     ),
     "dbos": Side("DBOS queue", "dbos_queue.py", {"steps": Setting(2, 8), "waiting": Setting(2, 125)}),
     "langgraph": Side(
         "LangGraph + PostgresSaver", "langgraph_saver.py", {"steps": Setting(2, 4), "waiting": Setting(2, 125)}
     ),
-    "absurd": Side("Absurd", "absurd_tasks.py", {"steps": Setting(2, 4), "waiting": Setting(2, 125)}),
+    "absurd": Side("Absurd", "absurd_tasks.py", {"steps": Setting(2, 8), "waiting": Setting(2, 125)}),
 }
 
 
@@ -265,9 +264,7 @@ def turn(side: str, name: str, row: Row, place: Place) -> dict[str, Any]:
     setting = SIDES[side].settings[name]
     try:
         arguments = [row.runs, setting.processes, setting.concurrency]
-        return run_script(
-            side, place, place.database("turn"), arguments, setting.environ | {"BENCH_LLM_MS": str(row.llm_ms)}
-        )
+        return run_script(side, place, place.database("turn"), arguments, {"BENCH_LLM_MS": str(row.llm_ms)})
     finally:
         place.rows("drop database turn with (force)")
 

@@ -17,7 +17,7 @@ app = Celery("celery_chain", broker=workload.BROKER, backend=workload.BROKER)
 app.conf.update(
     task_acks_late=True,
     task_reject_on_worker_lost=True,
-    worker_prefetch_multiplier=int(os.environ.get("BENCH_PREFETCH", "1")),
+    worker_prefetch_multiplier=1,
     worker_send_task_events=True,
     task_send_sent_event=True,
     worker_hijack_root_logger=False,

@@ -36,7 +36,7 @@ def node(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def work(runs: int, threads: int) -> None:
-    """Waits for a file `go` between the runs that warm and those that count."""
+    """Some runs that warm; those that count begin together with all other processes'."""
     options = {"autocommit": True, "row_factory": dict_row, "prepare_threshold": 0}
     connections = min(threads, POOL_MAX)
     own = threading.local()
@@ -52,7 +52,7 @@ def work(runs: int, threads: int) -> None:
 
         list(executor.map(run, range(max(threads, workload.WARM_RUNS))))
         print(" ready.", flush=True)
-        workload.until((workload.HOME / "go").exists)
+        workload.until(workload.GO.exists)
         list(executor.map(run, range(runs)))
     print(" done.", flush=True)
 
@@ -62,7 +62,7 @@ def main(runs: int, processes: int, threads: int) -> None:
     workload.start_workers([workload.this_script("worker", share, threads) for share in shares])
     logs = [workload.HOME / f"worker-{number}.log" for number in range(processes)]
     began = time.perf_counter()
-    (workload.HOME / "go").touch()
+    workload.GO.touch()
     workload.until(lambda: all(b" done." in log.read_bytes() for log in logs), timeout_s=120)
     workload.report(runs, time.perf_counter() - began, 0.0, "langgraph", "langgraph-checkpoint-postgres")
 

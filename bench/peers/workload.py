@@ -24,12 +24,14 @@ LLM_S = float(os.environ.get("BENCH_LLM_MS", "0")) / 1000
 POSTGRES = os.environ.get("BENCH_POSTGRES", "")
 BROKER = os.environ.get("BENCH_BROKER", "")
 HOME = Path(os.environ.get("BENCH_HOME", "."))
+# From when it is there, runs count.
+GO = HOME / "go"
 
 
 def agent(name: str, before: dict[str, Any]) -> dict[str, Any]:
     """One agent's output. Refuses to go on without the outputs of all agents before it."""
     assert set(before) == set(AGENTS[: AGENTS.index(name)]), f"{name} was handed {sorted(before)}"
-    if LLM_S:
+    if LLM_S and GO.exists():
         time.sleep(LLM_S)
     return {"confidence": 0.9, "approved": True, "text": "x" * 500}
 
@@ -63,6 +65,7 @@ def measure(runs: int, start: Callable[[], object], await_ended: Callable[[int],
     for _ in range(WARM_RUNS):
         start()
     await_ended(WARM_RUNS)
+    GO.touch()
     began = time.perf_counter()
     for _ in range(runs):
         start()
