@@ -84,7 +84,7 @@ lock: $(VENV)/dev.stamp ## Pin the newest versions that pyproject.toml allows
 	@$(COMPILE) --upgrade -o requirements/base.txt pyproject.toml
 	@$(COMPILE) --upgrade -o requirements/demo.txt --extra demo -c requirements/base.txt pyproject.toml
 	@$(COMPILE) --upgrade -o requirements/dev.txt --group dev --all-extras -c requirements/demo.txt pyproject.toml client/pyproject.toml
-	@echo 'celery[redis]' | $(COMPILE) --upgrade -o requirements/bench-celery.txt -
+	@printf '%s\n' 'celery[redis]' hiredis | $(COMPILE) --upgrade -o requirements/bench-celery.txt -
 	@echo 'dbos' | $(COMPILE) --upgrade -o requirements/bench-dbos.txt -
 	@printf '%s\n' langgraph langgraph-checkpoint-postgres 'psycopg[binary,pool]' | $(COMPILE) --upgrade -o requirements/bench-langgraph.txt -
 	@printf '%s\n' absurd-sdk absurdctl 'psycopg[binary]' | $(COMPILE) --upgrade -o requirements/bench-absurd.txt -

@@ -49,7 +49,7 @@ def main(runs: int, processes: int, threads: int) -> None:
         while results:
             results.pop().get(timeout=workload.READY_TIMEOUT_S)
 
-    workload.measure(runs, start, await_ended, "celery", "redis")
+    workload.measure(runs, start, await_ended, "celery", "redis", "hiredis")
 
 
 if __name__ == "__main__" and sys.argv[1] != "setup":

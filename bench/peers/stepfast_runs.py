@@ -49,7 +49,12 @@ def main(runs: int, processes: int, threads: int) -> None:
             workload.until(lambda: database.execute(ended).fetchone() == (count,))
 
         workload.measure(
-            runs, lambda: client.enqueue("hops", {}, connection=database), await_ended, "stepfast-app", "celery"
+            runs,
+            lambda: client.enqueue("hops", {}, connection=database),
+            await_ended,
+            "stepfast-app",
+            "celery",
+            "hiredis",
         )
 
 
