@@ -69,13 +69,13 @@ def start(
         raise UnknownName(f"No pipeline is published as {pipeline}.{hint}", next_step="Run: stepfast publish SKILL")
     check_input(run_input, worker.settings.input_max_bytes, worker.definition(current).input_schema)
     reach(CrashPoint.ENQUEUE_BEFORE)
-    run_id, created = worker.store.enqueue(
-        pipeline, run_input, key=key, tenant=tenant, labels=labels, priority=priority
+    run_id, created, unsent = worker.store.start(
+        pipeline, run_input, key=key, tenant=tenant, labels=labels, priority=priority, send_max=_STEPS_AT_ONCE_MAX
     )
     if created:
         events.emit(Event.RUN_ENQUEUED, run_id=str(run_id), pipeline=pipeline)
     reach(CrashPoint.ENQUEUE_AFTER)
-    dispatch(worker, run_id)
+    canvas.send_unsent(unsent, worker.definition)
     return Started(run_id, created)
 
 

@@ -28,16 +28,20 @@ _PAID: tuple[tuple[str, "TypeEngine[Any]"], ...] = (
     ("cost_usd", Double()),
 )
 
-ENQUEUE = call(
-    "enqueue_v1",
-    ("pipeline", Text()),
-    ("input", _JSON),
-    ("key", Text()),
-    ("tenant", Text()),
-    ("labels", _JSON),
-    ("priority", Integer()),
-    ("run", PG_UUID()),
-    rows=True,
+# The run; in the same transaction it marks up to `limit` steps as sent. A row for each, or one without.
+START = text("""
+    select e.run_id, e.created, u.run_id as sent_run_id, u.pipeline_hash, u.agent, u.item
+    from stepfast.enqueue_v1(:pipeline, :input, :key, :tenant, :labels, :priority, :run) e
+    left join lateral stepfast.take_unsent_v1(e.run_id, :limit) u on true
+""").bindparams(
+    bindparam("pipeline", type_=Text()),
+    bindparam("input", type_=_JSON),
+    bindparam("key", type_=Text()),
+    bindparam("tenant", type_=Text()),
+    bindparam("labels", type_=_JSON),
+    bindparam("priority", type_=Integer()),
+    bindparam("run", type_=PG_UUID()),
+    bindparam("limit", type_=Integer()),
 )
 CLAIM = call(
     "claim_v1",

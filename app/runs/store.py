@@ -218,24 +218,30 @@ class Store:
 
     # Runs.
 
-    def enqueue(
+    def enqueue(self, pipeline: str, run_input: "Json", **options: Any) -> tuple[UUID, bool]:  # noqa: ANN401
+        """Starts a run, and leaves its sending to a sweep. Returns its id and whether it is new. Raises as `start`."""
+        run_id, created, _ = self.start(pipeline, run_input, send_max=0, **options)
+        return run_id, created
+
+    def start(
         self,
         pipeline: str,
         run_input: "Json",
         *,
+        send_max: int,
         key: str | None = None,
         tenant: str = "default",
         labels: "Json | None" = None,
         priority: int = 0,
         run_id: UUID | None = None,
-    ) -> tuple[UUID, bool]:
-        """Starts a run, under an id of the caller's or a new one. Returns its id and whether it is new.
+    ) -> tuple[UUID, bool, tuple[Unsent, ...]]:
+        """Starts a run, under an id of the caller's or a new one. Returns its id, whether it is new, and what to send.
 
-        Raises UnknownName, KeyConflict or Misuse.
+        What to send is what `take_unsent` gives. Raises UnknownName, KeyConflict or Misuse.
         """
         try:
             rows = self._all(
-                statements.ENQUEUE,
+                statements.START,
                 pipeline=pipeline,
                 input=run_input,
                 key=key,
@@ -243,10 +249,14 @@ class Store:
                 labels=labels or {},
                 priority=priority,
                 run=run_id or uuid4(),
+                limit=send_max,
             )
         except DBAPIError as error:
             raise refusal(error, pipeline) from error
-        return rows[0].run_id, rows[0].created
+        unsent = tuple(
+            Unsent(StepKey(row.sent_run_id, row.agent, row.item), row.pipeline_hash) for row in rows if row.sent_run_id
+        )
+        return rows[0].run_id, rows[0].created, unsent
 
     # Steps.
 

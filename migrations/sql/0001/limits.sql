@@ -6,6 +6,9 @@ declare
 begin
     for f in select oid from pg_proc where pronamespace = 'stepfast'::regnamespace and proname like '%\_v1' loop
         execute format('alter function %s set lock_timeout = ''5s''', f);
+        -- Plans are kept for a session, also those of a time when a table was empty and reading the whole of it was best.
+        -- Each of ours finds what it needs by an index.
+        execute format('alter function %s set enable_seqscan = off', f);
         -- Times in JSON are UTC, whatever zone the caller's session is in.
         execute format('alter function %s set timezone = ''UTC''', f);
     end loop;

@@ -39,22 +39,29 @@ end $$;
 create function stepfast.take_unsent_v1(p_run uuid, p_limit integer)
 returns table (run_id uuid, pipeline_hash text, agent text, item text) language plpgsql volatile as $$
 declare
+    v_queues text[];
     v_queue text;
     v_left integer := p_limit;
     v_count integer;
 begin
-    -- The queues one by one, each by its first step: a long backlog costs no more to look at than a short one.
-    for v_queue in
-        with recursive q as (
-            (select s.queue from stepfast.steps s where s.state = 'available' and s.sent_at is null and p_run is null
-             order by s.queue limit 1)
-            union all
-            select (select s.queue from stepfast.steps s where s.state = 'available' and s.sent_at is null and s.queue > q.queue
-                    order by s.queue limit 1) from q where q.queue is not null)
-        select q.queue from q where q.queue is not null
-        union
-        select s.queue from stepfast.steps s where s.run_id = p_run and s.state = 'available' and s.sent_at is null
-        order by queue loop
+    if p_limit = 0 then
+        return;
+    end if;
+    if p_run is not null then
+        v_queues := array(select distinct s.queue from stepfast.steps s
+                          where s.run_id = p_run and s.state = 'available' and s.sent_at is null order by s.queue);
+    else
+        -- The queues one by one, each by its first step: a long backlog costs no more to look at than a short one.
+        v_queues := array(
+            with recursive q as (
+                (select s.queue from stepfast.steps s where s.state = 'available' and s.sent_at is null
+                 order by s.queue limit 1)
+                union all
+                select (select s.queue from stepfast.steps s where s.state = 'available' and s.sent_at is null and s.queue > q.queue
+                        order by s.queue limit 1) from q where q.queue is not null)
+            select q.queue from q where q.queue is not null);
+    end if;
+    foreach v_queue in array v_queues loop
         return query select * from stepfast.send_next(v_queue, stepfast.dispatched_max(), stepfast.dispatched_max(), v_left);
         get diagnostics v_count = row_count;
         v_left := v_left - v_count;
