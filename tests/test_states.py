@@ -30,8 +30,8 @@ def _function_body(connection, name):
 @pytest.mark.parametrize(
     ("function", "states_of", "pairs"),
     [
-        ("check_step_transition", states.StepState, STEP_PAIRS),
-        ("check_run_transition", states.RunState, RUN_PAIRS),
+        ("guard_step", states.StepState, STEP_PAIRS),
+        ("guard_run", states.RunState, RUN_PAIRS),
     ],
 )
 def test_database_allows_exactly_the_declared_transitions(store, function, states_of, pairs):

@@ -58,6 +58,7 @@ def whole(types) -> bool:
 
 
 def test_events_of_a_step_arrive_whole_and_in_order(system, here, write_skill):
+    """Four of each step, the three of the worker in their order."""
     from app.celery import celery
 
     name = system.publish(here, write_skill(LINE, HANDLERS))
@@ -69,6 +70,7 @@ def test_events_of_a_step_arrive_whole_and_in_order(system, here, write_skill):
 
 @pytest.mark.parametrize("pool", ["threads", "prefork"])
 def test_events_are_sent_before_a_worker_ends(system, here, write_skill, tmp_path, pool):
+    """What a worker holds back is sent as it stops, and so is what its last step tells after that."""
     from app.celery import celery
 
     name = system.publish(here, write_skill("    - {id: a}\n", HOLD))

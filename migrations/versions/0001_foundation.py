@@ -12,8 +12,8 @@ depends_on = None
 SQL = Path(__file__).parent.parent / "sql" / "0001"
 # In the order in which they need each other.
 FILES = (
-    *("tables", "core", "consistency", "settle", "enqueue", "claim", "complete", "fail"),
-    *("effects", "approve", "operate", "requests", "sweep", "traces", "metrics", "prune", "views", "rights", "limits"),
+    *("tables", "core", "guards", "consistency", "settle", "enqueue", "claim", "complete", "fail"),
+    *("effects", "approve", "operate", "requests", "sweep", "metrics", "prune", "views", "rights", "limits"),
 )
 
 

@@ -1,5 +1,6 @@
 -- The whole data model. Columns that a later capability fills are here from the start, because they are costly to add.
--- app/runs/tables.py declares the same columns for queries; a test compares the two.
+-- app/runs/tables.py declares the same columns for queries; a test compares the two. What else holds of a row of runs, steps,
+-- attempts and keys stands in guards.sql.
 
 create schema if not exists stepfast;
 
@@ -51,13 +52,13 @@ create table stepfast.runs (
     tenant text not null,
     pipeline text not null,             -- the pipeline's name
     pipeline_hash text not null references stepfast.pipelines (hash),
-    state text not null check (state in ('pending', 'running', 'suspended', 'completed', 'failed', 'cancelled')),
-    partial boolean not null default false check (not partial or state = 'completed'),
-    input jsonb not null check (jsonb_typeof(input) = 'object'),
+    state text not null,                -- pending, running, suspended, completed, failed or cancelled
+    partial boolean not null default false,
+    input jsonb not null,
     input_hash text not null,
     key text,                           -- starting twice with one key gives one run
-    labels jsonb not null default '{}' check (jsonb_typeof(labels) = 'object'),
-    priority smallint not null default 0 check (priority between 0 and 9),
+    labels jsonb not null default '{}',
+    priority smallint not null default 0, -- 0 to 9
     concurrency_key text,
     deadline_at timestamptz,
     parent_run_id uuid,
@@ -66,9 +67,7 @@ create table stepfast.runs (
     event_seq bigint not null default 0, -- the last sequence number given in `events`, under this row's lock
     created_at timestamptz not null,
     started_at timestamptz,
-    ended_at timestamptz,
-    check ((state in ('completed', 'failed', 'cancelled')) = (ended_at is not null)),
-    check (state <> 'running' or started_at is not null)
+    ended_at timestamptz
 ) with (fillfactor = 70);               -- claim and complete update it in place
 create unique index runs_key on stepfast.runs (tenant, pipeline, key) where key is not null;
 -- One at a time for a concurrency key: the others wait, in the order of their creation.
@@ -86,12 +85,11 @@ create table stepfast.steps (
     run_id uuid not null references stepfast.runs (id) on delete cascade,
     agent text not null,
     item text not null default '',      -- kept for dynamic fan-out
-    state text not null check (state in ('pending', 'available', 'executing', 'retryable', 'suspended', 'completed',
-                                         'skipped', 'discarded', 'cancelled')),
-    generation integer not null default 1 check (generation >= 1),
+    state text not null, -- pending, available, executing, retryable, suspended, completed, skipped, discarded or cancelled
+    generation integer not null default 1,
     depends_on text[] not null,
     snapshots jsonb not null default '{}', -- of depends_on: {agent: {"max_staleness_ms", "on_stale"}}
-    failure_mode text not null check (failure_mode in ('halt_pipeline', 'skip_dependents', 'continue')),
+    failure_mode text not null,         -- halt_pipeline, skip_dependents or continue
     queue text not null,
     max_worker_losses integer not null,
     priority smallint not null,         -- its run's; with the run's created_at the order in which steps are sent
@@ -109,10 +107,7 @@ create table stepfast.steps (
     sent_at timestamptz,                -- when its message was last sent; null while available: nobody has sent it
     sends integer not null default 0,
     ended_at timestamptz,
-    primary key (run_id, agent, item),
-    check ((state = 'retryable') = (scheduled_at is not null)),
-    check ((state in ('completed', 'skipped', 'discarded', 'cancelled')) = (ended_at is not null)),
-    check (state not in ('executing', 'completed') or attempt_id is not null)
+    primary key (run_id, agent, item)
 ) with (fillfactor = 70);
 create index steps_due on stepfast.steps (scheduled_at) where state = 'retryable';
 create index steps_unsent on stepfast.steps (queue, priority desc, created_at, run_id, agent) where state = 'available' and sent_at is null;
@@ -125,7 +120,7 @@ create table stepfast.attempts (
     item text not null default '',
     generation integer not null,
     number integer not null,
-    state text not null check (state in ('executing', 'completed', 'failed', 'lost', 'suspended')),
+    state text not null,                -- executing, completed, failed, lost or suspended
     worker_id bigint,                   -- null where a person did it (an override)
     decided_by text,
     repeatable boolean not null,        -- dying under it is harmless
@@ -148,11 +143,7 @@ create table stepfast.attempts (
     cost_usd numeric,
     error jsonb,                        -- {"code", "who", "message", "next_step", "details"}
     error_fingerprint text,
-    primary key (run_id, id),
-    check ((state = 'executing') = (ended_at is null)),
-    check ((state = 'completed') = (output is not null)),
-    check ((state in ('failed', 'lost')) = (error is not null)),
-    check (worker_id is not null or decided_by is not null)
+    primary key (run_id, id)
 );
 create index attempts_executing on stepfast.attempts (worker_id) where state = 'executing';
 -- What began in a while, for reports; like events_at.
@@ -169,7 +160,7 @@ create table stepfast.keys (
     agent text not null,
     key text not null,
     generation integer not null,
-    state text not null check (state in ('reserved', 'completed', 'unknown')),
+    state text not null,                -- reserved, completed or unknown
     inputs_hash text not null,
     run_id uuid not null,
     attempt_id uuid not null,
@@ -178,10 +169,7 @@ create table stepfast.keys (
     output jsonb,                       -- the attempt's, once its run was pruned; likewise its hash, and what it observed
     output_hash text,
     observed jsonb,
-    primary key (tenant, pipeline, agent, key, generation),
-    check ((state = 'reserved') = (ended_at is null)),
-    check (output is null or state = 'completed'),
-    check ((output is null) = (output_hash is null))
+    primary key (tenant, pipeline, agent, key, generation)
 ) with (fillfactor = 70);
 
 -- What handlers did by ctx.once: begun before the effect, happened after it. Begun and never ended: look outside first.
