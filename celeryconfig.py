@@ -15,9 +15,9 @@ accept_content = ["json"]
 # A message is acknowledged after its step's commit. A doubled message does no harm: the claim refuses it.
 task_acks_late = True
 task_reject_on_worker_lost = True
-# Celery's own redelivery is not how steps are recovered (a sweep from Postgres is), but `stepfast.start` has nothing in
-# Postgres yet: on Redis, where a worker died with it, it comes back after this long. A step that takes longer is
-# delivered again while it runs (celery #5935), and its claim refuses that, at the price of a message.
+# Celery's own redelivery is not how steps are recovered: a sweep from Postgres is, and on Redis their messages are not
+# even written down as taken (app/execution/redis_channel.py). But `stepfast.start` has nothing in Postgres yet: where a
+# worker died with it, it comes back after this long.
 broker_transport_options = {
     "visibility_timeout": 300,
     "socket_connect_timeout": 3,
