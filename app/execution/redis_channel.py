@@ -7,8 +7,8 @@ reconnects. A message that was restored too late is delivered twice, which the c
 
 Left out: kombu makes a client for each command, which takes longer than the command; and it writes each message that a
 worker takes into Redis, and removes it when it is acknowledged, so that another worker finds it after the visibility
-timeout. A step is found in Postgres, and sooner: its message is kept in this process alone. That was a fifth of a
-worker's time.
+timeout. A step is found in Postgres, and sooner: its message, and the one that asks to look after a run, are kept in
+this process alone. That was a fifth of a worker's time.
 """
 
 from typing import Any
@@ -19,31 +19,33 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from app.execution.canvas import STEP_TASK
 
+FOUND_IN_POSTGRES = {STEP_TASK, "stepfast.dispatch"}
+
 
 class StepQoS(QoS):
-    """Of the messages that a worker has taken, those of steps are not written into Redis."""
+    """Of the messages that a worker has taken, those that Postgres knows of are not written into Redis."""
 
     def append(self, message: Any, delivery_tag: str) -> None:  # noqa: ANN401  # kombu is untyped
-        if message.headers.get("task") == STEP_TASK:
+        if message.headers.get("task") in FOUND_IN_POSTGRES:
             virtual.QoS.append(self, message, delivery_tag)
         else:
             super().append(message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        if self._step(delivery_tag):
+        if self._kept(delivery_tag):
             virtual.QoS.ack(self, delivery_tag)
         else:
             super().ack(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        if self._step(delivery_tag) and not requeue:
+        if self._kept(delivery_tag) and not requeue:
             virtual.QoS.ack(self, delivery_tag)
         else:
             super().reject(delivery_tag, requeue)
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:  # noqa: ANN401
         """Gives a message back to its queue, where it was not acknowledged."""
-        if not (message := self._step(tag)):
+        if not (message := self._kept(tag)):
             super().restore_by_tag(tag, client, leftmost)
         elif tag not in self._dirty:
             where = message.delivery_info
@@ -56,9 +58,9 @@ class StepQoS(QoS):
                     leftmost,
                 )
 
-    def _step(self, tag: str) -> Any:  # noqa: ANN401
+    def _kept(self, tag: str) -> Any:  # noqa: ANN401
         message = self._delivered.get(tag)
-        return message if message and message.headers.get("task") == STEP_TASK else None
+        return message if message and message.headers.get("task") in FOUND_IN_POSTGRES else None
 
 
 def mend() -> None:
