@@ -3,8 +3,9 @@
 import time
 from collections.abc import Sequence
 
+import psycopg
+from filling import Template, fill
 from report import Found
-from sqlalchemy import create_engine, text
 from system import System, children, cpu_s, eventually
 
 from app import embedded
@@ -85,26 +86,10 @@ def _fill(system: System, runs: int) -> None:
     system.say(f"  filling {runs:,} finished runs of 4 steps")
     system.script(delay_ms=0)
     worker = system.start_worker("threads", 4)
-    system.start_run("soak", {"effects": str(system.home / "effects")}, "template")
-    eventually(lambda: system.ended_runs("template") == 1, within_s=60, what="the run to copy")
+    done = system.start_run("soak", {"effects": str(system.home / "effects")}, "template")
+    eventually(lambda: system.ended(done), within_s=60, what="the run to copy")
     system.end([worker])
     # A session of its own: ours end a statement after ten seconds.
-    filler = create_engine(system.environ["STEPFAST_DATABASE_URL"], isolation_level="AUTOCOMMIT")
-    with filler.connect() as connection:
-        for statement in (*_COPY, "vacuum analyze"):
-            connection.execute(text(statement), {"runs": runs} if ":runs" in statement else {})
-    filler.dispose()
-
-
-_TEMPLATE = "(select id from stepfast.runs where key = 'template')"
-_COPY = (
-    "create unlogged table public.copies as select n, gen_random_uuid() as id from generate_series(1, :runs) n",
-    """insert into stepfast.runs
-       select (jsonb_populate_record(r, jsonb_build_object('id', c.id, 'key', 'copy-' || c.n))).*
-       from stepfast.runs r, public.copies c where r.key = 'template'""",
-    *(
-        f"insert into stepfast.{table} select (jsonb_populate_record(t, jsonb_build_object('run_id', c.id))).*"
-        f" from stepfast.{table} t, public.copies c where t.run_id = {_TEMPLATE}"
-        for table in ("steps", "attempts", "events")
-    ),
-)
+    url = system.environ["STEPFAST_DATABASE_URL"].replace("+psycopg", "")
+    with psycopg.connect(url, autocommit=True) as connection:
+        fill(connection, [Template(done, 100)], runs, newest_h=0, oldest_h=24, say=system.say)
