@@ -1,4 +1,4 @@
-"""`make history` in its smallest form: that it fills, works on all sides, and says what it found."""
+"""What finished runs cost those that run now; and `make history`, which measures it, in its smallest form."""
 
 import json
 import subprocess
@@ -6,8 +6,30 @@ import sys
 from pathlib import Path
 
 import pytest
+from benches import Bench
+from pipelines import line
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_new_attempts_stay_out_of_the_pages_of_old_ones(fast_store):
+    """A claim dirties a new page and no old one, whose full image would go to the WAL; BRIN then finds what is new."""
+    bench = Bench(fast_store)
+    output = {"text": "words " * 60}
+    for _ in range(30):
+        run = bench.start(line("a", "b", "c", "d"))
+        for agent in "abcd":
+            bench.complete(bench.claim(run, agent)[0], output)
+    bench.sql("vacuum stepfast.attempts")
+    pages = bench.sql("select pg_relation_size('stepfast.attempts') / 8192")
+    assert pages > 10
+    for _ in range(10):
+        bench.claim(bench.start(line("a", "b", "c", "d")), "a")
+    old = bench.sql(
+        "select count(*) from stepfast.attempts where state = 'executing' and ctid < cast(:page as tid)",
+        page=f"({pages // 2},0)",
+    )
+    assert old == 0
 
 
 @pytest.mark.slow
