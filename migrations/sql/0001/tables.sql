@@ -253,7 +253,10 @@ create table stepfast.events (
     attempt_id uuid,
     data jsonb not null default '{}',
     primary key (run_id, seq)
-);
+)
+-- Vacuum tells of the room that is left on pages, where small events then go. Done often it is room on new pages, and events_at
+-- finds what is new there; without dead rows it reads no index.
+with (autovacuum_vacuum_insert_threshold = 50000, autovacuum_vacuum_insert_scale_factor = 0.01);
 
 -- One row a run that a provider shows (`tracing` in its file): the outbox of its spans of runs, steps and attempts, which are
 -- made of what is recorded (app/execution/tracing.py).
