@@ -77,7 +77,7 @@ soak: $(VENV)/dev.stamp ## Measure recovery under faults (an hour; ARGS="--part 
 	@$(BIN)/python bench/soak.py $(ARGS)
 
 .PHONY: history
-history: $(VENV)/dev.stamp ## Measure whether 1,000,000 finished runs slow what runs now (20 minutes, 20 GB; ARGS="--runs 50000")
+history: $(VENV)/dev.stamp ## Measure whether 1,000,000 finished runs slow what runs now (10 minutes, 20 GB; ARGS="--runs 50000")
 	@$(BIN)/python bench/history.py $(ARGS)
 
 .PHONY: ci
