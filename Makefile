@@ -55,6 +55,11 @@ enqueue: $(VENV)/dev.stamp ## Measure what starting a run costs a host
 bench: $(VENV)/dev.stamp ## Measure Stepfast beside its peers, in turns (10 minutes; ARGS="--peers celery", or --help)
 	@$(BIN)/python bench/against.py $(ARGS)
 
+.PHONY: latency
+latency: $(VENV)/dev.stamp ## Measure how long runs wait for us, and what 1,000 that wait for a model cost (7 minutes)
+	@$(BIN)/python bench/latency.py
+	@$(BIN)/python bench/waiting.py
+
 .PHONY: pictures
 pictures: $(VENV)/dev.stamp ## Take the documents' pictures of the example's pages anew
 	@PICTURES=docs/images $(BIN)/python -m pytest tests/test_web_examples.py -k shop

@@ -303,6 +303,9 @@ def _known_agent(worker: "Worker", run_id: UUID, agent_id: str) -> "Agent":
     return known_agent(worker.definition(Reads(worker.store.engine).pipeline_hash(run_id)), agent_id)
 
 
-def dispatch(worker: "Worker", run_id: UUID) -> None:
-    """Sends what comes next in the queues that a run's steps wait for: these steps, if nothing is before them."""
-    canvas.send_unsent(worker.store.take_unsent(run_id, _STEPS_AT_ONCE_MAX), worker.definition)
+def dispatch(worker: "Worker", run_id: UUID) -> int:
+    """Sends what comes next in the queues that a run's steps wait for: these steps, if nothing is before them.
+
+    Returns how many steps were sent.
+    """
+    return canvas.send_unsent(worker.store.take_unsent(run_id, _STEPS_AT_ONCE_MAX), worker.definition)

@@ -55,5 +55,9 @@ def dispatch(run_id: str) -> None:
     except (ValueError, AttributeError, TypeError) as error:
         raise Reject(f"{run_id!r} is no run's id", requeue=False) from error
     current = worker.current()
+    # First what a run that has just started waits for. What was ordered sends by itself what it frees.
+    sent = operations.dispatch(current, run)
     requests.carry_out(current, run)
-    operations.dispatch(current, run)
+    if not sent:
+        # The message may have overtaken its host's commit.
+        operations.dispatch(current, run)

@@ -15,7 +15,7 @@ from pathlib import Path
 import system as systems  # first: it makes our own packages importable
 from faults import CRASH, IN_ORDER, KILL, WIPE, faults
 from recovery import outage, rescue, threads, wipe
-from report import Found, machine
+from report import Found, machine, print_all
 from standing import backlog, idle
 
 from app.errors import NotReady
@@ -114,20 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     if given.json:
         print(json.dumps({"ok": ok, "machine": where, "parts": [asdict(found) for found in results]}, indent=2))
     else:
-        _print(results, where)
+        print_all(results, where)
     return 0 if ok else 1
-
-
-def _print(results: list[Found], where: dict[str, object]) -> None:
-    print(", ".join(f"{name} {value}" for name, value in where.items()))
-    width = max(len(name) for found in results for name in found.figures)
-    for found in results:
-        print(f"\n{found.part}, on {found.broker}")
-        for name, value in found.figures.items():
-            print(f"  {name:<{width}}  {value if isinstance(value, str) else f'{value:,}'}")
-        for promise, held in found.promises.items():
-            if not held:
-                print(f"  NOT HELD: {promise}")
 
 
 def say(sentence: str) -> None:

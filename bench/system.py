@@ -214,7 +214,7 @@ class System:
                 "delay_ms": delays_ms.get(agent, delay_ms),
                 "reply": {"text": agent},
             }
-            for agent in ("research", "code", "review")
+            for agent in ("research", "code", "review", "report")
         ]
         self._ask("script", json.dumps({"rules": rules}).encode())
 
@@ -224,6 +224,10 @@ class System:
 
     def calls_in_flight(self) -> int:
         return int(self._ask("state")["in_flight"])
+
+    def arrivals(self) -> list[float]:
+        """When the last calls arrived, in seconds since 1970."""
+        return [request["at"] for request in self._ask("requests")]
 
     def _ask(self, path: str, body: bytes | None = None) -> Any:  # noqa: ANN401  # JSON
         request = urllib.request.Request(f"{self.simulator}/_simulator/{path}", data=body)
@@ -255,7 +259,7 @@ def system(home: Path, broker: str, say: Callable[[str], None]) -> Iterator[Syst
         }
         running = System(home, broker, say, environ | given, simulator, servers)
         servers.enter_context(_client(given))
-        for skill in ("soak", "held"):
+        for skill in ("soak", "held", "chain"):
             pipeline = loader.load(SKILLS / skill, aliases=settings.load().model_aliases, handler_modules=())
             operations.publish(our_worker.current(), pipeline)
         try:

@@ -10,6 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from app.errors import KeyConflict, Misuse, NotPossible, UnknownName
+from app.runs import statements
 from app.runs.database import engine
 from app.runs.store import StepKey, Store
 
@@ -19,6 +20,17 @@ def bench(database_url):
     store = Store(engine(database_url, pool_max=16))
     yield Bench(store)
     store.engine.dispose()
+
+
+def test_mark_that_a_step_was_sent_waits_for_no_disk(bench):
+    """A start pays for one flush less. What a claim or a completion writes after it is flushed, and the mark with it."""
+    run = bench.start(line("a"))
+    with bench.store.engine.connect().execution_options(isolation_level="READ COMMITTED") as connection:
+        taken = connection.execute(statements.TAKE_UNSENT, {"run": run, "limit": 10}).all()
+        assert [(sent.run_id, sent.agent) for sent in taken] == [(run, "a")]
+        assert connection.scalar(text("show synchronous_commit")) == "off"
+        connection.commit()
+        assert connection.scalar(text("show synchronous_commit")) == "on"
 
 
 def test_line_runs_to_its_end(bench):

@@ -11,8 +11,9 @@ resolver has its own limits (usually 5 s a try).
 
 import socket
 import ssl
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
@@ -24,7 +25,6 @@ from app import events
 from app.clock import Deadline
 from app.crashpoints import CrashPoint, reach
 
-CONNECTIONS_MAX = 1_000
 # Below the idle time after which servers usually hang up, so that a call seldom meets a connection that just closed.
 IDLE_MAX_S = 5.0
 # The answer's body. The largest that the API gives (128,000 tokens) has a tenth of this.
@@ -61,18 +61,23 @@ def ending_at(deadline: Deadline) -> Iterator[None]:
 
 
 class Transport(httpx2.BaseTransport):
-    """Connections to one origin, or to the proxy before it. Raises ProxyRefused."""
+    """Connections to one origin, or to the proxy before it: as many as there are calls at once. Raises ProxyRefused.
+
+    httpcore2's own pool looks at each of its connections before and after every call, under one lock: of 1,000 calls in
+    flight every one waited for seconds. So it makes the connections here, and those that are idle stand in a row.
+    """
 
     def __init__(self, url: httpx2.URL) -> None:
-        self._pool = httpcore2.ConnectionPool(
+        pool = httpcore2.ConnectionPool(
             ssl_context=httpx2.create_ssl_context(),
             proxy=_proxy(url),
-            max_connections=CONNECTIONS_MAX,
-            max_keepalive_connections=CONNECTIONS_MAX,
             keepalive_expiry=IDLE_MAX_S,
             network_backend=_Network(),
             socket_options=_KEEP_ALIVE,
         )
+        self._connect = pool.create_connection
+        # The one used last is the last. Each operation is atomic: no thread waits for another here.
+        self._idle: deque[httpcore2.ConnectionInterface] = deque()
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         assert isinstance(request.stream, httpx2.SyncByteStream)
@@ -84,22 +89,50 @@ class Transport(httpx2.BaseTransport):
             content=request.stream,
             extensions=request.extensions,
         )
-        with _translated():
-            response = self._pool.handle_request(wanted)
+        connection = self._idle_one() or self._connect(wanted.url.origin)
+        try:
+            with _translated():
+                response = connection.handle_request(wanted)
+        except BaseException:
+            connection.close()
+            raise
         return httpx2.Response(
             status_code=response.status,
             headers=response.headers,
-            stream=_Body(response),
+            stream=_Body(response, lambda: self._give_back(connection)),
             extensions=response.extensions,
         )
 
+    def _idle_one(self) -> httpcore2.ConnectionInterface | None:
+        while self._idle:
+            with suppress(IndexError):  # another thread took it
+                connection = self._idle.pop()
+                if not connection.has_expired():
+                    return connection
+                connection.close()
+        return None
+
+    def _give_back(self, connection: httpcore2.ConnectionInterface) -> None:
+        """Keeps it, if its answer was read to the end, and closes what has been idle for too long."""
+        if connection.is_idle():
+            self._idle.append(connection)
+        else:
+            connection.close()
+        with suppress(IndexError):
+            while (oldest := self._idle.popleft()).has_expired():
+                oldest.close()
+            self._idle.appendleft(oldest)
+
     def close(self) -> None:
-        self._pool.close()
+        while self._idle:
+            with suppress(IndexError):
+                self._idle.pop().close()
 
 
 class _Body(httpx2.SyncByteStream):
-    def __init__(self, response: httpcore2.Response) -> None:
+    def __init__(self, response: httpcore2.Response, closed: Callable[[], None]) -> None:
         self._response = response
+        self._closed: Callable[[], None] | None = closed
 
     def __iter__(self) -> Iterator[bytes]:
         left_bytes = BODY_MAX_BYTES
@@ -111,8 +144,11 @@ class _Body(httpx2.SyncByteStream):
                 yield chunk
 
     def close(self) -> None:
-        with _translated():
-            self._response.close()
+        closed, self._closed = self._closed, None
+        if closed:
+            with _translated():
+                self._response.close()
+            closed()
 
 
 @contextmanager

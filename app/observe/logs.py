@@ -103,8 +103,9 @@ def setup(settings: Settings, stream: TextIO | None = None) -> None:
     logging.root.handlers[:] = [_LibraryHandler()]
     # Libraries' debug lines hold whole requests, which `log_inputs` may forbid.
     logging.root.setLevel(max(level, logging.INFO))
-    # "Task received" and "succeeded", a fifth of a worker's time: our own events say the same, with the run.
-    for name in ("celery.worker.strategy", "celery.app.trace"):
+    # "Task received" and "succeeded", a fifth of a worker's time, and "HTTP Request": our own events say the same, with
+    # the run.
+    for name in ("celery.worker.strategy", "celery.app.trace", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
     threading.excepthook = _log_dead_thread

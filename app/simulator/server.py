@@ -2,7 +2,8 @@
 
 Beside Anthropic's paths it has four of its own:
 
-    GET  /_simulator/requests   the last requests: method, path, headers (keys redacted), body, status
+    GET  /_simulator/requests   the last requests: at (seconds since 1970), method, path, headers (keys redacted), body,
+                                status
     GET  /_simulator/state      {requests, in_flight, max_in_flight, rules: [{matched, applied}]}
     POST /_simulator/reset      forgets requests, counts and the prompt cache; the script stays
     POST /_simulator/script     sets a new script (YAML or JSON) and resets; 400 names what is wrong with it
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
@@ -52,9 +54,13 @@ _SECRET_HEADERS = ("x-api-key", "authorization", "proxy-authorization", "cookie"
 
 @dataclass(slots=True)
 class Record:
-    """One request. `status` is None until it is answered; `body` is None where it was no JSON or too long to keep."""
+    """One request. `status` is None until it is answered; `body` is None where it was no JSON or too long to keep.
+
+    `at` is when its headers were there, in seconds since 1970: other processes and Postgres have the same clock.
+    """
 
     number: int
+    at: float
     method: str
     path: str
     headers: dict[str, str]
@@ -127,7 +133,7 @@ class _Api:
         traffic.max_in_flight = max(traffic.max_in_flight, traffic.in_flight)
         headers = Request(scope).headers
         kept = {name: "redacted" if name in _SECRET_HEADERS else value for name, value in headers.items()}
-        record = Record(traffic.requests, scope["method"], scope["path"], kept)
+        record = Record(traffic.requests, time.time(), scope["method"], scope["path"], kept)
         traffic.records.append(record)
         # uvicorn's `send` belongs to the connection, whose transport writes single bytes of the headers.
         scope["state"] = {"traffic": traffic, "record": record, "transport": cast("Any", send).__self__.transport}

@@ -188,11 +188,12 @@ begin
         values (p_run, r.event_seq + 2, 'step.stale_read', v_now, p_agent, p_item, s.generation, p_attempt,
                 jsonb_build_object('reads', v_stale));
     end if;
-    -- Last, because nothing may be waited for after it: these steps are other runs'.
+    -- Last, because nothing may be waited for after it: these steps are other runs'. Claims at once do not see one another, so
+    -- each looks after the place that it leaves.
     if exists (select from stepfast.steps where queue = s.queue and state = 'available' and sent_at is null) then
         v_answer := v_answer || jsonb_build_object('next', (
             select coalesce(jsonb_agg(to_jsonb(n)), '[]')
-            from stepfast.send_next(s.queue, stepfast.dispatched_max() / 2, stepfast.dispatched_max()) n));
+            from stepfast.send_next(s.queue, stepfast.dispatched_max() - 1, stepfast.dispatched_max()) n));
     end if;
     return v_answer;
 end $$;
