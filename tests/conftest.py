@@ -182,7 +182,8 @@ def use_broker(celery, url: str) -> None:
     celery.conf.broker_url = celery.conf.broker_read_url = celery.conf.broker_write_url = url
     kombu.pools.reset()
     celery._pool = celery.amqp._producer_pool = None
-    celery.amqp.__dict__.pop("_event_dispatcher", None)  # it knows how the last broker sends to all
+    for kept in ("_event_dispatcher", "send_task_message"):  # they know how the last broker sends to all
+        celery.amqp.__dict__.pop(kept, None)
     celery.set_current()  # which any other app that a test makes becomes
 
 
