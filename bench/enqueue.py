@@ -33,7 +33,7 @@ _MAKE = multiprocessing.get_context("fork")
 AGENTS = ("research", "write", "review")
 SCHEMA = {"type": "object", "properties": {"order": {"type": "integer"}}, "required": ["order"]}
 HOSTS_ROW = "insert into host_order (item) values ('tea')"
-# Copies of the tables, with their constraints, indexes, keys and fillfactor.
+# Copies of the tables, with their rules, indexes, keys and fillfactor.
 TABLES = """
     create table host_order (id bigint generated always as identity primary key, item text not null);
     create table plain_runs (like stepfast.runs including all) with (fillfactor = 70);
@@ -41,7 +41,9 @@ TABLES = """
     create table plain_events (like stepfast.events including all);
     alter table plain_runs add foreign key (pipeline_hash) references stepfast.pipelines (hash);
     alter table plain_steps add foreign key (run_id) references plain_runs (id) on delete cascade;
-    alter table plain_events add foreign key (run_id) references plain_runs (id) on delete cascade
+    alter table plain_events add foreign key (run_id) references plain_runs (id) on delete cascade;
+    create trigger guard before insert or update on plain_runs for each row execute function stepfast.guard_run();
+    create trigger guard before insert or update on plain_steps for each row execute function stepfast.guard_step()
 """
 # What a host that knew these tables would do: an INSERT a table.
 PLAIN = (
