@@ -5,6 +5,7 @@ import signal
 import threading
 from collections import defaultdict
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 from conftest import eventually
@@ -51,6 +52,10 @@ def receiving(celery):
         thread.join()
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def whole(types) -> bool:
     """Celery tells of a message after it was sent: a worker may have it by then."""
     worked = [name for name in types if name != "task-sent"]
@@ -63,6 +68,22 @@ def test_events_of_a_step_arrive_whole_and_in_order(system, here, write_skill):
 
     name = system.publish(here, write_skill(LINE, HANDLERS))
     system.start_worker()
+    with receiving(celery) as got:
+        assert system.ended(operations.start(here, name, {}).run_id)["state"] == "completed"
+        eventually(lambda: sum(map(whole, got.values())) == 2, what="eight events of two tasks")
+
+
+def test_a_child_tells_of_what_it_sends_by_itself(system, here, write_skill):
+    """Also one that was forked after its parent had sent: what the parent holds back is not the child's to add to."""
+    from app.celery import celery
+
+    name = system.publish(here, write_skill(LINE, HANDLERS))
+    worker = system.start_worker(pool="prefork", concurrency=1)
+    run_id, _ = here.store.enqueue(name, {})  # which the parent's sweep sends
+    system.ended(run_id)
+    before = children(worker.pid)
+    os.kill(before[0], signal.SIGKILL)
+    eventually(lambda: children(worker.pid) not in ([], before), what="another child")
     with receiving(celery) as got:
         assert system.ended(operations.start(here, name, {}).run_id)["state"] == "completed"
         eventually(lambda: sum(map(whole, got.values())) == 2, what="eight events of two tasks")

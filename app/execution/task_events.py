@@ -4,6 +4,7 @@ That took a quarter of a worker's time. Those of a worker and of what it sends g
 processes send theirs at once, as Celery does.
 """
 
+import os
 import threading
 from typing import Any
 
@@ -38,7 +39,8 @@ class Dispatcher(EventDispatcher):
     def publish(self, type: str, fields: dict[str, Any], producer: Any, **kwargs: Any) -> Any:  # noqa: A002, ANN401
         """How Celery tells of a message that was sent."""
         worker = Dispatcher._of_worker
-        if worker is not None and worker.pid == self.pid and worker.enabled:
+        # Not in a child, which inherits both: the connection is its parent's.
+        if worker is not None and worker.pid == os.getpid() and worker.enabled:
             return worker.send(type, **fields)
         return super().publish(type, fields, producer, **kwargs)
 
