@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 from app import events, operations
 from app.errors import NotReady, StepfastError
 from app.events import Event
-from app.execution import requests, worker
+from app.execution import canvas, requests, worker
 from app.runs.database import is_outage
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def start(self: "Task", pipeline: str, run_input: "Json", key: str | None = None
     return str(started.run_id)
 
 
-@shared_task(name="stepfast.dispatch", ignore_result=True)
+@shared_task(name=canvas.DISPATCH_TASK, ignore_result=True)
 def dispatch(run_id: str) -> None:
     """Sends what may start of a run, and carries out what was ordered for it: what the next sweep would do.
 

@@ -10,19 +10,10 @@ from system import System, children, cpu_s, eventually
 
 from app import embedded
 
-STARTED_AT_ONCE = 500
-
 
 def backlog(found: Found, system: System, *, steps: int, workers: int) -> None:
     """Steps that are available and sent, behind workers that are busy: none of them is lost."""
-    for first in range(1, steps + 1, STARTED_AT_ONCE):
-        system.rows(
-            "select count(*) from generate_series(cast(:first as int), cast(:last as int)) n,"
-            " stepfast.enqueue_v1('held', cast(:input as jsonb), p_key => 'backlog-' || n)",
-            first=first,
-            last=min(first + STARTED_AT_ONCE - 1, steps),
-            input='{"hold_s": 0.01}',
-        )
+    system.start_runs("held", {"hold_s": 0.01}, "backlog-", steps)
     for number in range(workers):
         system.start_worker("threads", 4, ready=number == workers - 1)
     began_s = said_s = time.monotonic()

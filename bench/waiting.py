@@ -15,7 +15,6 @@ from pathlib import Path
 
 import system as systems  # first: it makes our own packages importable
 from report import Found, machine, print_all
-from standing import STARTED_AT_ONCE
 
 AGENTS = 4
 SAMPLE_S = 1.0
@@ -65,13 +64,7 @@ def waiting(found: Found, system: systems.System, *, runs: int, call_s: float, w
     idle_mb = max(sum(memory_mb(pid) for pid in worker.pids()) for worker in system.workers)
     used_s = [systems.cpu_s(worker.pids()) for worker in system.workers]
     began_s = time.monotonic()
-    for first in range(1, runs + 1, STARTED_AT_ONCE):
-        system.rows(
-            "select count(*) from generate_series(cast(:first as int), cast(:last as int)) n,"
-            " stepfast.enqueue_v1('chain', '{}', p_key => 'waiting-' || n)",
-            first=first,
-            last=min(first + STARTED_AT_ONCE - 1, runs),
-        )
+    system.start_runs("chain", {}, "waiting-", runs)
     most, ideal_s = Most(), AGENTS * call_s
     while system.ended_runs("waiting-") < runs:
         if time.monotonic() - began_s > 10 * ideal_s + 60:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from app.runs.store import Unsent
 
 STEP_TASK = "stepfast.step"
+# The client's message after its host's commit.
+DISPATCH_TASK = "stepfast.dispatch"
 # What a broker that is away raises: kombu wraps some of it, and not all.
 BROKER_ERRORS = (OperationalError, OSError, RedisError, AMQPError)
 

@@ -17,9 +17,9 @@ from kombu.transport import virtual
 from kombu.transport.redis import Channel, QoS
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from app.execution.canvas import STEP_TASK
+from app.execution.canvas import DISPATCH_TASK, STEP_TASK
 
-FOUND_IN_POSTGRES = {STEP_TASK, "stepfast.dispatch"}
+FOUND_IN_POSTGRES = {STEP_TASK, DISPATCH_TASK}
 
 
 class StepQoS(QoS):
