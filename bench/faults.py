@@ -14,6 +14,7 @@ from system import System, Worker
 
 WIPE, KILL = "broker wiped", "a worker is killed"
 IN_ORDER, CRASH = "Postgres restarted in order", "Postgres restarted by a crash"
+WORKERS, PROCESSES = "workers killed", "processes of a pool killed"
 MODELS = ("research", "code", "review")
 # Runs under way at one time: more would only wait.
 WINDOW_RUNS = 150
@@ -33,7 +34,8 @@ class Faults:
     kill_every_s: float
     events: list[tuple[float, str]]  # share of the runs that have ended, what happens then
     next_kill_s: float = 0.0
-    done: Counter[str] = field(default_factory=Counter)
+    # Both kinds of kills are told, also the one that chance left out.
+    done: Counter[str] = field(default_factory=lambda: Counter({WORKERS: 0, PROCESSES: 0}))
     in_flight: Counter[str] = field(default_factory=Counter)
 
     def turn(self, share: float) -> None:
@@ -69,10 +71,10 @@ class Faults:
             pids = [child]
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-            self.done["processes of a pool killed"] += 1
+            self.done[PROCESSES] += 1
         else:
             worker.signal(signal.SIGKILL)
-            self.done["workers killed"] += 1
+            self.done[WORKERS] += 1
             self.system.workers.remove(worker)
             start(self.system, worker.pool, ready=False)
         # What its last statement was about to commit, the server has committed by now.
@@ -117,7 +119,7 @@ def _run_all(system: System, plan: Faults, runs: int, effects: Path) -> int:
             return runs - ended
         if now_s - said_s > SAY_S:
             said_s = now_s
-            system.say(f"  {ended:,} of {runs:,} runs ended; {plan.done['workers killed']} workers killed")
+            system.say(f"  {ended:,} of {runs:,} runs ended; {plan.done[WORKERS]} workers killed")
         time.sleep(TURN_S)
     return 0
 
