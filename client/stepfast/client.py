@@ -27,6 +27,7 @@ _ENQUEUE = """
     select run_id::text, created from stepfast.enqueue_v1(
         %s::text, %s::jsonb, %s::text, %s::text, %s::jsonb, %s::integer, %s::uuid, %s::text, %s::text)
 """
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -75,8 +76,8 @@ class Client:
         The same key starts one run, whoever asks and how often. Raises UnknownName, InvalidInput, KeyConflict, Misuse,
         NotReady; a KeyConflict leaves the transaction to be rolled back, as any error of the database does.
         """
-        options: dict[str, Any] = {"key": key, "tenant": tenant, "labels": labels, "priority": priority}
-        return self.start(self.database(connection), pipeline, input, uuid4(), **options)
+        found = self.database(connection)
+        return self.start(found, pipeline, input, uuid4(), key=key, tenant=tenant, labels=labels, priority=priority)
 
     def check(
         self,
@@ -92,12 +93,13 @@ class Client:
         """Refuses what can be, before anything is written. Returns the JSON of both, and the definition's hash."""
         if key == "":
             raise InvalidInput("The key is empty.", next_step="Leave it out where no other start is the same run.")
-        for what, value in (("pipeline's name", pipeline), ("key", key), ("tenant", tenant)):
-            check_text(what, value)
+        check_text("pipeline's name", pipeline)
+        check_text("key", key)
+        check_text("tenant", tenant)
         if not 0 <= priority <= PRIORITY_MAX:
             raise Misuse(f"The priority is from 0 to {PRIORITY_MAX}.")
         text = _json(run_input, "input", self._input_max_bytes)
-        labelled = _json(labels or {}, "labels", self._input_max_bytes)
+        labelled = _json(labels, "labels", self._input_max_bytes) if labels else "{}"
         given = json.loads(text)  # as Postgres gets it: a tuple is an array, a number as a key is a text
         definition = self._definition(found, pipeline)
         try:
@@ -183,11 +185,11 @@ def _json(value: object, name: str, max_bytes: int) -> str:
     if not isinstance(value, dict):
         raise InvalidInput(f"The {name} must be a JSON object, and is a {type(value).__name__}.")
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = _encode(value)
         size = len(text.encode())
     except (ValueError, TypeError, RecursionError) as error:
         raise InvalidInput(f"The {name} is no JSON: {error}.") from error
-    if _NUL.search(text):
+    if "\\u0000" in text and _NUL.search(text):
         raise InvalidInput(f"The {name} holds a NUL byte.", next_step="Remove it, or encode the data as base64.")
     if size > max_bytes:
         raise InvalidInput(

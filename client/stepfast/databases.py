@@ -218,6 +218,11 @@ def _listen_to_sessions() -> None:
 
 def database(connection: object) -> Database:
     """The shape of a host's connection. Raises Misuse for what is none."""
+    if "psycopg" in sys.modules:
+        import psycopg
+
+        if isinstance(connection, psycopg.Connection):
+            return PsycopgDatabase(connection)
     if all(hasattr(connection, name) for name in ("read", "write", "after_commit")):
         return connection  # type: ignore[return-value]
     if hasattr(connection, "vendor") and hasattr(connection, "alias"):
@@ -234,11 +239,6 @@ def database(connection: object) -> Database:
             return SessionDatabase(connection)
         if isinstance(connection, Connection):
             return ConnectionDatabase(connection)
-    if "psycopg" in sys.modules:
-        import psycopg
-
-        if isinstance(connection, psycopg.Connection):
-            return PsycopgDatabase(connection)
     raise Misuse(
         f"{type(connection).__name__} is no connection that Stepfast can join.",
         next_step="Pass a Django connection, a SQLAlchemy Session or Connection, or a psycopg Connection; "

@@ -11,8 +11,7 @@ StepfastError         one clear sentence, and the next step
 └── RunFailed         the run ended without a result
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 
 
 class StepfastError(Exception):
@@ -66,42 +65,58 @@ class RunFailed(StepfastError):
 _MIGRATE = "Run: stepfast migrate"
 
 
-@contextmanager
-def translated() -> Iterator[None]:
+class _Translation:
+    """A class and not a generator: it is entered at every statement."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Exception):
+            _translate(error)
+
+
+_translation = _Translation()
+
+
+def translated() -> _Translation:
     """Turns what the database's functions refuse into the errors above."""
-    try:
-        yield
-    except Exception as error:
-        said, state = _cause(error)
-        sentence = said.strip().splitlines()[0] if said.strip() else type(error).__name__
-        sentence = f"{sentence[:1].upper()}{sentence[1:]}."
-        match state:
-            case "SF001" | "SF004":
-                raise UnknownName(sentence) from error
-            case "SF002":
-                raise KeyConflict(sentence, next_step="Use another key, or the same input.") from error
-            case "SF003":
-                raise InvalidInput(sentence) from error
-            case "22P02" | "22P05":
-                raise InvalidInput(f"Postgres cannot store the input: {sentence}") from error
-            case "3F000" | "42P01" | "42883":
-                raise NotReady("This database has no Stepfast.", next_step=_MIGRATE) from error
-            case "55P03":
-                raise NotReady(
-                    "Another transaction holds what this needs: the run, or its key.",
-                    next_step="Roll back, and try again once that one is committed.",
-                ) from error
-            case "42501":
-                raise NotReady(sentence, next_step=f"{_MIGRATE} --client ROLE, or --operator ROLE.") from error
-        if state and state.startswith("23"):
-            # The driver's own text goes on with the row that was refused, in which the input stands.
-            raise InvalidInput(f"Postgres refuses this: {sentence}") from None
-        raise
+    return _translation
+
+
+def _translate(error: Exception) -> None:
+    said, state = _cause(error)
+    sentence = said.strip().splitlines()[0] if said.strip() else type(error).__name__
+    sentence = f"{sentence[:1].upper()}{sentence[1:]}."
+    match state:
+        case "SF001" | "SF004":
+            raise UnknownName(sentence) from error
+        case "SF002":
+            raise KeyConflict(sentence, next_step="Use another key, or the same input.") from error
+        case "SF003":
+            raise InvalidInput(sentence) from error
+        case "22P02" | "22P05":
+            raise InvalidInput(f"Postgres cannot store the input: {sentence}") from error
+        case "3F000" | "42P01" | "42883":
+            raise NotReady("This database has no Stepfast.", next_step=_MIGRATE) from error
+        case "55P03":
+            raise NotReady(
+                "Another transaction holds what this needs: the run, or its key.",
+                next_step="Roll back, and try again once that one is committed.",
+            ) from error
+        case "42501":
+            raise NotReady(sentence, next_step=f"{_MIGRATE} --client ROLE, or --operator ROLE.") from error
+    if state and state.startswith("23"):
+        # The driver's own text goes on with the row that was refused, in which the input stands.
+        raise InvalidInput(f"Postgres refuses this: {sentence}") from None
+
+
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def check_text(what: str, value: str | None) -> None:
     """Refuses what Postgres keeps in no text, before a driver does. Raises InvalidInput."""
-    if value is not None and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+    if value is not None and _UNSTORABLE.search(value):
         raise InvalidInput(f"The {what} holds a NUL or half of a surrogate pair, which cannot be stored.")
 
 
