@@ -78,10 +78,19 @@ def redact_text(text: str) -> str:
     """
     if _HEXADECIMAL.fullmatch(text):
         return _cut(text, SIZE_MAX_CHARS)
+    return _redact_short(text) if len(text) <= _SHORT_MAX_CHARS else _redact_text(text)
+
+
+def _redact_text(text: str) -> str:
     text = _UNSTORABLE.sub("\ufffd", _cut(text, SIZE_MAX_CHARS))
     for pattern in _TEXT_PATTERNS:
         text = pattern.sub(rf"\g<keep>{REDACTED}", text)
     return text
+
+
+# Names of agents, pipelines and events, of which all lines have the same few.
+_SHORT_MAX_CHARS = 60
+_redact_short = lru_cache(maxsize=2_000)(_redact_text)
 
 
 def redact(value: object, schema: Json | None = None) -> object:
@@ -117,15 +126,23 @@ def cut_json(value: object, max_bytes: int) -> object:
 
     The text ends with a note of the original size, and is within `max_bytes` too if the note is.
     """
+    if type(value) in _PLAIN and not isinstance(value, int) and _JSON_MAX_BYTES * len(str(value)) + 2 <= max_bytes:
+        return value  # it fits for certain
     size_bytes = len(json.dumps(value))
     if size_bytes <= max_bytes:
         return value
     text = value if isinstance(value, str) else json.dumps(value)
     note = f"... [cut: {size_bytes} bytes]"
     head = text[: max(0, max_bytes - len(note) - 2)]
-    while head and len(json.dumps(head + note)) > max_bytes:  # escapes: at most 12 bytes a character
+    while head and len(json.dumps(head + note)) > max_bytes:
         head = head[: len(head) * 3 // 4]
     return head + note
+
+
+# What holds nothing else, and whose reading runs no foreign code.
+_PLAIN = {str, int, float, bool, type(None)}
+# A character in JSON in ASCII: two escapes of a surrogate pair.
+_JSON_MAX_BYTES = 12
 
 
 class _Copy:
@@ -136,13 +153,15 @@ class _Copy:
         self.left_chars = SIZE_MAX_CHARS
         self.inside: set[int] = set()
 
-    def of(self, value: object, schemas: Iterable[object], *, depth: int) -> object:
+    def of(self, value: object, schemas: Sequence[object], *, depth: int) -> object:
         """The copy of a value to which all of `schemas` may apply."""
         self.left_chars -= 1
         if self.left_chars < 0:
             return "[cut]"
         if depth > DEPTH_MAX:
             return "[too deep]"
+        if not schemas and type(value) in _PLAIN:
+            return self._of_kind(value, (), depth + 1)
         if id(value) in self.inside:
             return "[circular]"
         self.inside.add(id(value))

@@ -112,7 +112,9 @@ def setup(settings: Settings, stream: TextIO | None = None) -> None:
 
 
 def _log_event(event: Event, fields: Mapping[str, object]) -> None:
-    level = logging.getLevelNamesMapping().get(str(fields.get("level")).upper(), LEVELS[event])
+    level = LEVELS[event]
+    if "level" in fields:
+        level = logging.getLevelNamesMapping().get(str(fields["level"]).upper(), level)
     structlog.get_logger().log(level, event, fields=fields)
 
 
@@ -153,15 +155,15 @@ def _named(_logger: object, level: str, line: Line) -> Line:
     ids = {name: fields[name] for name in IDS if name in fields}
     if "run_id" in ids:
         ids.setdefault("trace_id", str(ids["run_id"]).replace("-", ""))
-    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    ours = {"timestamp": now, "level": level, "event": event, **ids}
+    ours = {"level": level, "event": event, **ids}
     return ours | {name: value for name, value in fields.items() if name not in ours}
 
 
 def _safe(max_bytes: int, _logger: object, _level: str, line: Line) -> Line:
     safe = redact(line)
     assert isinstance(safe, dict)
-    return {name: cut_json(value, max_bytes) for name, value in safe.items()}
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {"timestamp": now, **{name: cut_json(value, max_bytes) for name, value in safe.items() if name != "timestamp"}}
 
 
 def _as_json(_logger: object, _level: str, line: Line) -> str:

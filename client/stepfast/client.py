@@ -4,8 +4,10 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any
 from uuid import UUID, uuid4
@@ -19,12 +21,14 @@ INPUT_MAX_BYTES = 1_000_000
 PRIORITY_MAX = 9
 _PROBLEMS_MAX = 5
 _PIPELINES_MAX = 256
+# So long after it was asked it counts that a run waits behind others.
+_WAITS_S = 0.1
 # How often a name may move while one run is started.
 _MOVES_MAX = 5
 
 _PIPELINE = "select hash, input_schema::text from stepfast.v_pipelines where name = %s::text"
 _ENQUEUE = """
-    select run_id::text, created from stepfast.enqueue_v1(
+    select run_id::text, created, waits from stepfast.enqueue_v1(
         %s::text, %s::jsonb, %s::text, %s::text, %s::jsonb, %s::integer, %s::uuid, %s::text, %s::text)
 """
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -129,9 +133,10 @@ class Client:
                 found, pipeline, run_input, key=key, tenant=tenant, labels=labels, priority=priority
             )
             values = (pipeline, text, key, tenant or "default", labelled, priority, str(run_id), known, _traceparent())
-            for started, created in found.write(_ENQUEUE, values):
+            for started, created, waits in found.write(_ENQUEUE, values):
                 if created:
-                    found.after_commit(lambda started=started: self.look_after(started))  # type: ignore[misc]
+                    until_s = time.monotonic() + (_WAITS_S if waits else 0.0)
+                    found.after_commit(partial(self._announce, started, until_s))
                 return RunHandle(UUID(started), found, self.look_after, created=created)
             # Another definition was published since this process read the last one.
             self._definitions.pop(pipeline, None)
@@ -155,6 +160,11 @@ class Client:
         """Asks a worker to look after a run at once, where a broker is named."""
         if self._broker:
             sender(self._broker).send(run_id)
+
+    def _announce(self, run_id: str, until_s: float) -> None:
+        """Nobody need look after a run that waits behind others; a host that committed late cannot know whether it does."""
+        if time.monotonic() >= until_s:
+            self.look_after(run_id)
 
     def _definition(self, found: Database, pipeline: str) -> Definition:
         """What a name meant when this process read it; `start` notices where it means something else by now."""

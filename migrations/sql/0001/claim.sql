@@ -29,23 +29,31 @@ declare
     v_stale jsonb;  -- of what it reads, what was superseded or is too old
     v_refresh jsonb;
     v_context jsonb;
-    v_key text := '';
+    v_ended boolean;
+    v_approved text;
+    v_others boolean;
+    v_key text;
+    v_absent text;  -- what the key names, and has no value
     v_generation integer;  -- of the key
     v_hash text;
-    v_part jsonb;
-    v_value text;
     v_answer jsonb;
 begin
     -- The run's lock first, in a statement of its own: every later statement then sees what others committed.
     select * into r from stepfast.runs where id = p_run for no key update;
-    v_now := stepfast.now();
     select * into s from stepfast.steps where run_id = p_run and agent = p_agent and item = p_item;
+    -- In one statement, because each costs more than what it looks up. v_others: whether steps of the queue wait to be sent.
+    select clock_timestamp() + m.clock_offset,
+           exists (select from stepfast.workers where id = p_worker and ended_at is not null),
+           (select digest from stepfast.approvals
+            where run_id = p_run and agent = p_agent and item = p_item and state = 'approved'),
+           exists (select from stepfast.steps where queue = s.queue and state = 'available' and sent_at is null)
+    into v_now, v_ended, v_approved, v_others from stepfast.meta m;
     if s.run_id is null or r.pipeline_hash <> p_pipeline_hash or r.state not in ('pending', 'running')
        or not (s.state = 'available' or (s.state = 'executing' and s.attempt_id = p_attempt)) then
         return jsonb_build_object('outcome', 'stale', 'state', s.state, 'run_state', r.state);
     end if;
     -- A worker that was taken for dead would lose the step again at once: it must register anew first.
-    if exists (select from stepfast.workers where id = p_worker and ended_at is not null) then
+    if v_ended then
         return jsonb_build_object('outcome', 'stale', 'state', 'worker_ended', 'run_state', r.state);
     end if;
     -- One loss may be anybody's fault. At the second it is taken for the cause, and must not take its neighbours along.
@@ -83,8 +91,7 @@ begin
         'outputs', case when p_lean then '{}' else v_outputs end, 'reads', case when p_lean then v_reads else '{}' end,
         'stale', v_stale, 'generation', s.generation, 'number', s.attempts + 1, 'failures', s.failures,
         'waits', s.waits, 'rounds', s.rounds, 'feedback', s.feedback,
-        'approved', (select digest from stepfast.approvals
-                     where run_id = p_run and agent = p_agent and item = p_item and state = 'approved'));
+        'approved', v_approved);
     if r.observes then
         v_answer := v_answer || jsonb_build_object('observed', (
             select coalesce(jsonb_agg(o || jsonb_build_object('agent', u.agent) order by u.agent, o->>'name'), '[]')
@@ -113,17 +120,15 @@ begin
     v_hash := case when jsonb_array_length(p_key_inputs) = 0 then r.input_hash else
         stepfast.hash((select jsonb_agg(v_context #> array(select jsonb_array_elements_text(path)))
                        from jsonb_array_elements(p_key_inputs) path)) end;
-    for v_part in select * from jsonb_array_elements(p_key_parts) loop
-        v_value := coalesce(v_part->>'text', v_context #>> array(select jsonb_array_elements_text(v_part->'path')));
-        if v_value is null then
-            v_answer := v_answer || jsonb_build_object('outcome', 'bad_key', 'problem',
-                'the idempotency key names ' || array_to_string(array(select jsonb_array_elements_text(v_part->'path')), '.')
-                || ', which has no value');
-            v_key := null;
-            exit;
-        end if;
-        v_key := v_key || v_value;
-    end loop;
+    select coalesce(string_agg(p.value, '' order by p.number), ''), min(p.path) filter (where p.value is null) into v_key, v_absent
+    from (select number, array_to_string(path, '.') as path, coalesce(part->>'text', v_context #>> path) as value
+          from jsonb_array_elements(p_key_parts) with ordinality k (part, number),
+               lateral (select array(select jsonb_array_elements_text(part->'path')) as path) l) p;
+    if v_absent is not null then
+        v_answer := v_answer || jsonb_build_object('outcome', 'bad_key', 'problem',
+            format('the idempotency key names %s, which has no value', v_absent));
+        v_key := null;
+    end if;
     if v_refresh is not null then
         v_answer := v_answer || v_refresh;
         v_key := null;
@@ -142,7 +147,7 @@ begin
         v_generation := coalesce(v_generation, 1);
         insert into stepfast.keys (tenant, pipeline, agent, key, generation, state, inputs_hash, run_id, attempt_id,
                                    reserved_at)
-        values (r.tenant, r.pipeline, p_agent, v_key, v_generation, 'reserved', v_hash, p_run, p_attempt, stepfast.now())
+        values (r.tenant, r.pipeline, p_agent, v_key, v_generation, 'reserved', v_hash, p_run, p_attempt, v_now)
         on conflict (tenant, pipeline, agent, key, generation) do nothing;
         if not found then
             select * into k from stepfast.keys
@@ -177,8 +182,12 @@ begin
                                    key, inputs_hash, reads, stale_reads, started_at, deadline_at)
     values (p_run, p_attempt, p_agent, p_item, s.generation, s.attempts + 1, 'executing', p_worker, p_repeatable,
             p_code_hash, v_key, v_hash, v_reads, v_stale, v_now, v_now + p_timeout_ms * interval '1 ms');
-    update stepfast.runs
-    set event_seq = event_seq + 1, state = 'running', started_at = coalesce(started_at, v_now) where id = p_run;
+    if r.state = 'running' then
+        update stepfast.runs set event_seq = event_seq + 1 where id = p_run;
+    else
+        update stepfast.runs
+        set event_seq = event_seq + 1, state = 'running', started_at = coalesce(started_at, v_now) where id = p_run;
+    end if;
     insert into stepfast.events (run_id, seq, name, at, agent, item, generation, attempt_id, data)
     values (p_run, r.event_seq + 1, 'step.claimed', v_now, p_agent, p_item, s.generation, p_attempt,
             jsonb_build_object('worker', p_worker, 'number', s.attempts + 1, 'reads', v_reads));
@@ -190,7 +199,7 @@ begin
     end if;
     -- Last, because nothing may be waited for after it: these steps are other runs'. Claims at once do not see one another, so
     -- each looks after the place that it leaves.
-    if exists (select from stepfast.steps where queue = s.queue and state = 'available' and sent_at is null) then
+    if v_others then
         v_answer := v_answer || jsonb_build_object('next', (
             select coalesce(jsonb_agg(to_jsonb(n)), '[]')
             from stepfast.send_next(s.queue, stepfast.dispatched_max() - 1, stepfast.dispatched_max()) n));

@@ -2,7 +2,8 @@
 -- Errors: SF001 unknown pipeline; SF002 the key was used with another input; SF003 the input is not an object, or a key is
 -- empty, too long or has no value. Where p_hash is given and the name means another definition by now, nothing is started, and no row
 -- returned: whoever checked the input against that definition checks it anew. p_traceparent: of the host's span (W3C), to which
--- the run's trace is linked.
+-- the run's trace is linked. `waits`: the places of its queues at the broker are taken, or it waits for another run: what ends there
+-- sends it, so that to tell a worker of it changes nothing.
 create function stepfast.enqueue_v1(
     p_pipeline text,
     p_input jsonb,
@@ -13,7 +14,7 @@ create function stepfast.enqueue_v1(
     p_run uuid default gen_random_uuid(),
     p_hash text default null,
     p_traceparent text default null
-) returns table (run_id uuid, created boolean)
+) returns table (run_id uuid, created boolean, waits boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     v_now timestamptz;
@@ -27,8 +28,8 @@ declare
     v_part jsonb;
     v_value text;
     v_concurrency text;
-    v_waits boolean := false;
 begin
+    waits := false;
     if p_input is null or jsonb_typeof(p_input) <> 'object' then
         raise exception 'the input must be a JSON object' using errcode = 'SF003';
     end if;
@@ -66,7 +67,7 @@ begin
         end if;
         perform stepfast.lock_concurrency_key(p_tenant, p_pipeline, v_concurrency);
         v_now := stepfast.now();  -- the order of creation is the order of this lock
-        v_waits := exists (select from stepfast.runs r where r.tenant = p_tenant and r.pipeline = p_pipeline
+        waits := exists (select from stepfast.runs r where r.tenant = p_tenant and r.pipeline = p_pipeline
                            and r.concurrency_key = v_concurrency and r.state in ('pending', 'running', 'suspended'))
                    or stepfast.run_under_way(p_tenant, p_pipeline, v_concurrency) is not null;
     end if;
@@ -107,7 +108,7 @@ begin
     end if;
 
     insert into stepfast.steps (run_id, agent, state, depends_on, snapshots, failure_mode, queue, max_worker_losses, priority, created_at)
-    select p_run, a.agent, case when a.depends_on = '{}' and not v_waits then 'available' else 'pending' end, a.depends_on,
+    select p_run, a.agent, case when a.depends_on = '{}' and not waits then 'available' else 'pending' end, a.depends_on,
            a.snapshots, a.failure_mode, a.queue, a.max_worker_losses, p_priority, v_now
     from stepfast.pipeline_agents a where a.pipeline_hash = v_hash;
     insert into stepfast.events (run_id, seq, name, at, data)
@@ -118,5 +119,11 @@ begin
     end if;
     run_id := p_run;
     created := true;
+    waits := waits or not exists (
+        select from stepfast.pipeline_agents a
+        where a.pipeline_hash = v_hash and a.depends_on = '{}'
+          and stepfast.dispatched_max() > (select count(*) from (
+              select from stepfast.steps s where s.queue = a.queue and s.state = 'available' and s.sent_at is not null
+              limit stepfast.dispatched_max()) w));
     return next;
 end $$;

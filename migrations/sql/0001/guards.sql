@@ -33,7 +33,9 @@ begin
     end if;
     return new;
 end $$;
-create trigger guard before insert or update on stepfast.runs for each row execute function stepfast.guard_run();
+-- Of the columns that it looks at: most updates of a run only count its events.
+create trigger guard before insert or update of state, partial, started_at, ended_at, priority on stepfast.runs
+    for each row execute function stepfast.guard_run();
 
 create function stepfast.refuse_change() returns trigger language plpgsql as $$
 begin

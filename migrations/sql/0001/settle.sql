@@ -156,11 +156,13 @@ begin
                         or (u.state in ('discarded', 'cancelled') and u.failure_mode = 'skip_dependents')));
                 v_skips := found;
             end loop;
-            select coalesce(jsonb_agg(jsonb_build_object('agent', agent, 'item', item)) filter (where sent), '[]') into ready
-            from stepfast.release_steps(r.id, p_sent, p_now);
-            select bool_or(state in ('available', 'executing', 'retryable')), bool_or(state = 'suspended'),
-                   not bool_and(state = 'completed')
-            into v_active, v_suspended, v_partial from stepfast.steps where run_id = r.id;
+            select coalesce(jsonb_agg(jsonb_build_object('agent', agent, 'item', item)) filter (where sent), '[]'), count(*) > 0
+            into ready, v_active from stepfast.release_steps(r.id, p_sent, p_now);
+            if not v_active then
+                select bool_or(state in ('available', 'executing', 'retryable')), bool_or(state = 'suspended'),
+                       not bool_and(state = 'completed')
+                into v_active, v_suspended, v_partial from stepfast.steps where run_id = r.id;
+            end if;
             run_state := case when v_active then case r.state when 'pending' then 'pending' else 'running' end
                               when v_suspended then 'suspended' else 'completed' end;
         end if;
@@ -176,11 +178,15 @@ begin
     if r.state = 'pending' and run_state in ('completed', 'suspended') then
         update stepfast.runs set state = 'running', started_at = p_now where id = r.id;
     end if;
-    update stepfast.runs
-    set event_seq = v_seq, state = run_state, partial = v_partial,
-        started_at = case when run_state = 'pending' then started_at else coalesce(started_at, p_now) end,
-        ended_at = case when run_state in ('completed', 'failed') then coalesce(ended_at, p_now) else ended_at end
-    where id = r.id;
+    if r.state = 'running' and run_state = 'running' then
+        update stepfast.runs set event_seq = v_seq where id = r.id;
+    else
+        update stepfast.runs
+        set event_seq = v_seq, state = run_state, partial = v_partial,
+            started_at = case when run_state = 'pending' then started_at else coalesce(started_at, p_now) end,
+            ended_at = case when run_state in ('completed', 'failed') then coalesce(ended_at, p_now) else ended_at end
+        where id = r.id;
+    end if;
     -- Also when the last step ends that still executed after the run had failed.
     if run_state in ('completed', 'failed') then
         perform stepfast.release_next_run(r, p_now);
