@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psycopg
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,21 @@ def eventually(check: Callable[[], object], *, within_s: float = 20.0, what: str
             return found
         assert time.monotonic() < deadline, f"not within {within_s} s: {what or check}"
         pause.wait(0.02)
+
+
+@pytest.fixture
+def statements(monkeypatch) -> list[str]:
+    """What this thread has Postgres do from now on: the first line of each statement."""
+    made: list[str] = []
+    thread, execute = threading.get_ident(), psycopg.Cursor.execute
+
+    def noted(cursor, query, *args, **options):
+        if threading.get_ident() == thread:
+            made.append(str(query).strip().splitlines()[0])
+        return execute(cursor, query, *args, **options)
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", noted)
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -329,7 +329,7 @@ def test_input_by_plain_sql_fails_the_run(system, here, database_url, pipeline):
     """Whoever is first to work with it checks it; the run fails whatever the failure mode, and says why."""
     system.start_worker(queues="handlers")
     ((run_id, _),) = fetch(
-        database_url, "select * from stepfast.enqueue_v1(%s, %s)", pipeline, json.dumps({"order": "x"})
+        database_url, "select run_id, created from stepfast.enqueue_v1(%s, %s)", pipeline, json.dumps({"order": "x"})
     )
     run = system.ended(run_id)
     error = run["steps"][0]["tries"][0]["error"]

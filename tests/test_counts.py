@@ -21,12 +21,10 @@ HANDLERS = """
 """
 
 
-def test_step_costs_two_statements_of_one_round_trip_each(system, here, write_skill):
+def test_step_costs_two_statements_of_one_round_trip_each(system, here, write_skill, statements):
     """Claim and complete are one statement each, in autocommit: two round trips, two commits, and none in between."""
     name = system.publish(here, write_skill(LINE, HANDLERS))
     run_id, _ = here.store.enqueue(name, {})
-    statements = []
-    event.listen(here.store.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
     transactions = []
     event.listen(here.store.engine, "commit", transactions.append)
     pipeline_hash = here.store.take_unsent(run_id, 1)[0].pipeline_hash
@@ -41,12 +39,11 @@ def test_step_costs_two_statements_of_one_round_trip_each(system, here, write_sk
     assert transactions == []
 
 
-def test_start_costs_few_statements(system, here, write_skill):
+def test_start_costs_few_statements(system, here, write_skill, statements):
     """Starting a run: its current definition, and the insertion, which also gives what to send."""
     name = system.publish(here, write_skill(LINE, HANDLERS))
     operations.start(here, name, {})
-    statements = []
-    event.listen(here.store.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    statements.clear()
     operations.start(here, name, {})
     assert len(statements) == 2
 

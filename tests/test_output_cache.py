@@ -32,20 +32,19 @@ def client(broker_url):
 
 
 @pytest.fixture
-def cached(system, monkeypatch, write_skill):
+def cached(system, monkeypatch, write_skill, statements):
     """The process as a worker with a cache, a pipeline that asks for it, and what each step cost."""
     system.environ["STEPFAST_REDIS_URL"] = system.broker_url
     with system.here(monkeypatch) as here:
         folder = write_skill(SKILL, HANDLERS)
         file = folder / "tested.skill.yaml"
         file.write_text(file.read_text() + "checkpointing: {store: redis, ttl_minutes: 5}\n")
-        yield _Cached(here, system.publish(here, folder))
+        yield _Cached(here, system.publish(here, folder), statements)
 
 
 class _Cached:
-    def __init__(self, here, name):
-        self.here, self.name, self.statements = here, name, []
-        event.listen(here.store.engine, "before_cursor_execute", lambda *args: self.statements.append(args[2]))
+    def __init__(self, here, name, statements):
+        self.here, self.name, self.statements = here, name, statements
 
     def start(self, **given):
         self.run, _ = self.here.store.enqueue(self.name, given)
@@ -141,14 +140,14 @@ def test_large_outputs_are_compressed(cached, client):
     assert cached.output("b")["a"] == cached.output("a")
 
 
-def test_redis_that_is_away_is_said_once_and_slows_nothing(system, monkeypatch, write_skill):
+def test_redis_that_is_away_is_said_once_and_slows_nothing(system, monkeypatch, write_skill, statements):
     """Every step reads Postgres meanwhile."""
     system.environ["STEPFAST_REDIS_URL"] = "redis://127.0.0.1:1/0"
     with system.here(monkeypatch) as here, emitting() as told:
         folder = write_skill(SKILL, HANDLERS)
         file = folder / "tested.skill.yaml"
         file.write_text(file.read_text() + "checkpointing: {store: redis}\n")
-        cached = _Cached(here, system.publish(here, folder))
+        cached = _Cached(here, system.publish(here, folder), statements)
         cached.start()
         assert [cached.step(agent) for agent in "abc"] == [0, 1, 1]
         assert cached.output("c")["a"] == cached.output("a")
@@ -162,11 +161,11 @@ def test_address_that_is_none_is_refused(system, monkeypatch):
         pass
 
 
-def test_pipeline_that_does_not_ask_uses_no_cache(system, monkeypatch, write_skill, client):
+def test_pipeline_that_does_not_ask_uses_no_cache(system, monkeypatch, write_skill, client, statements):
     """`store: postgres`, the default, whatever the worker has."""
     system.environ["STEPFAST_REDIS_URL"] = system.broker_url
     with system.here(monkeypatch) as here:
-        cached = _Cached(here, system.publish(here, write_skill(SKILL, HANDLERS)))
+        cached = _Cached(here, system.publish(here, write_skill(SKILL, HANDLERS)), statements)
         cached.start()
         assert [cached.step(agent) for agent in "ab"] == [0, 0]
         assert client.keys("stepfast:output:*") == []

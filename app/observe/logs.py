@@ -163,7 +163,8 @@ def _safe(max_bytes: int, _logger: object, _level: str, line: Line) -> Line:
     safe = redact(line)
     assert isinstance(safe, dict)
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return {"timestamp": now, **{name: cut_json(value, max_bytes) for name, value in safe.items() if name != "timestamp"}}
+    safe.pop("timestamp", None)  # a field of somebody's
+    return {"timestamp": now} | {name: cut_json(value, max_bytes) for name, value in safe.items()}
 
 
 def _as_json(_logger: object, _level: str, line: Line) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
 
+import psycopg
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
@@ -177,6 +178,23 @@ class Store:
         with self.engine.connect() as connection:
             return connection.execute(statement, parameters).scalar()
 
+    def _step(self, call: statements.DriverCall, **parameters: object) -> Any:  # noqa: ANN401
+        """What each step does, by the driver itself: SQLAlchemy's layers above it take longer than both."""
+        pooled = self.engine.raw_connection()
+        connection: psycopg.Connection[Any] = pooled.driver_connection  # type: ignore[assignment]
+        try:
+            return connection.execute(call.sql, call.values(parameters)).fetchone()[0]  # type: ignore[index]
+        except psycopg.Error as error:
+            if gone := connection.closed:
+                self._session_lost_s = time.monotonic()
+                pooled.invalidate(error)
+                self.engine.dispose()  # the pool's others went the same way, or connect anew for nothing
+            raise DBAPIError.instance(
+                call.sql, None, error, psycopg.Error, hide_parameters=True, connection_invalidated=gone
+            ) from error
+        finally:
+            pooled.close()
+
     def _all(self, statement: "TextClause", **parameters: object) -> "Sequence[Any]":
         with self.engine.connect() as connection:
             return connection.execute(statement, parameters).all()
@@ -262,7 +280,7 @@ class Store:
 
     def claim(self, bid: Bid) -> Claim:
         """Takes an available step for an attempt, with everything that the attempt reads."""
-        answer = self._one(
+        answer = self._step(
             statements.CLAIM,
             run=bid.step.run_id,
             agent=bid.step.agent,
@@ -309,7 +327,7 @@ class Store:
         observed: "Sequence[Json]" = (),
     ) -> Ended:
         """Commits an attempt's output, with what it observed, and releases what waited for it."""
-        answer = self._one(
+        answer = self._step(
             statements.COMPLETE,
             run=step.run_id,
             agent=step.agent,

@@ -162,7 +162,7 @@ class Client:
             sender(self._broker).send(run_id)
 
     def _announce(self, run_id: str, until_s: float) -> None:
-        """Nobody need look after a run that waits behind others; a host that committed late cannot know whether it does."""
+        """A run that waits behind others needs nobody. Whether it still does is unknown where the host commits late."""
         if time.monotonic() >= until_s:
             self.look_after(run_id)
 

@@ -31,7 +31,7 @@ declare
     v_context jsonb;
     v_ended boolean;
     v_approved text;
-    v_others boolean;
+    v_next boolean;
     v_key text;
     v_absent text;  -- what the key names, and has no value
     v_generation integer;  -- of the key
@@ -41,13 +41,17 @@ begin
     -- The run's lock first, in a statement of its own: every later statement then sees what others committed.
     select * into r from stepfast.runs where id = p_run for no key update;
     select * into s from stepfast.steps where run_id = p_run and agent = p_agent and item = p_item;
-    -- In one statement, because each costs more than what it looks up. v_others: whether steps of the queue wait to be sent.
+    -- In one statement, because each costs more than what it looks up. v_next: whether, once this step is claimed, the queue has
+    -- a place at the broker and a step for it.
     select clock_timestamp() + m.clock_offset,
            exists (select from stepfast.workers where id = p_worker and ended_at is not null),
            (select digest from stepfast.approvals
             where run_id = p_run and agent = p_agent and item = p_item and state = 'approved'),
            exists (select from stepfast.steps where queue = s.queue and state = 'available' and sent_at is null)
-    into v_now, v_ended, v_approved, v_others from stepfast.meta m;
+           and stepfast.dispatched_max() >= (select count(*) from (
+               select from stepfast.steps where queue = s.queue and state = 'available' and sent_at is not null
+               limit stepfast.dispatched_max() + 1) w)
+    into v_now, v_ended, v_approved, v_next from stepfast.meta m;
     if s.run_id is null or r.pipeline_hash <> p_pipeline_hash or r.state not in ('pending', 'running')
        or not (s.state = 'available' or (s.state = 'executing' and s.attempt_id = p_attempt)) then
         return jsonb_build_object('outcome', 'stale', 'state', s.state, 'run_state', r.state);
@@ -199,7 +203,7 @@ begin
     end if;
     -- Last, because nothing may be waited for after it: these steps are other runs'. Claims at once do not see one another, so
     -- each looks after the place that it leaves.
-    if v_others then
+    if v_next then
         v_answer := v_answer || jsonb_build_object('next', (
             select coalesce(jsonb_agg(to_jsonb(n)), '[]')
             from stepfast.send_next(s.queue, stepfast.dispatched_max() - 1, stepfast.dispatched_max()) n));
