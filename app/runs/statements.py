@@ -36,7 +36,8 @@ class DriverCall:
 
 
 def driver_call(function: str, *parameters: tuple[str, "TypeEngine[Any]"]) -> DriverCall:
-    casts = ", ".join(f"%s::{kind.compile(dialect=postgresql.dialect())}" for _, kind in parameters)
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    casts = ", ".join(f"%s::{kind.compile(dialect=dialect)}" for _, kind in parameters)
     return DriverCall(
         f"select stepfast.{function}({casts})",  # names are ours
         tuple(name for name, _ in parameters),
