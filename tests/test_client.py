@@ -274,6 +274,26 @@ def test_message_of_a_rolled_back_run_is_not_sent(client, pipeline, engine, monk
     assert sent == [str(run.id)]
 
 
+def test_run_that_waits_behind_others_sends_no_message(client, pipeline, engine, monkeypatch, database_url):
+    """Once the places of its queue at the broker are taken, a claim there sends it; a host that commits late is unsure."""
+    sent = []
+    monkeypatch.setattr(client, "look_after", sent.append)
+    take = "update stepfast.steps set sent_at = now(), sends = 1 where state = 'available'"
+    with engine.connect() as host:
+        started = [str(client.enqueue(pipeline, {"order": n}, connection=host).id) for n in range(8)]
+        host.commit()
+        assert sent == started
+        with psycopg.connect(plain(database_url)) as connection:
+            connection.execute(take)
+        client.enqueue(pipeline, {"order": 8}, connection=host)
+        host.commit()
+        assert sent == started
+        monkeypatch.setattr("stepfast.client._WAITS_S", 0.0)
+        late = client.enqueue(pipeline, {"order": 9}, connection=host)
+        host.commit()
+    assert sent == [*started, str(late.id)]
+
+
 def test_forked_host_sends_too(system, pipeline, database_url, broker_url):
     """Gunicorn's way: the parent has sent, and its child sends by a thread and a connection of its own."""
     system.start_worker(**UNSWEPT)

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import psycopg
 import pytest
 from benches import CALM_MS, ERROR, Bench
 from pipelines import agent, diamond, line, pipeline
@@ -11,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from app.errors import KeyConflict, Misuse, NotPossible, UnknownName
 from app.runs import statements
-from app.runs.database import engine
+from app.runs.database import engine, is_outage
 from app.runs.store import StepKey, Store
 
 
@@ -99,6 +100,25 @@ def test_repeated_completion_of_one_attempt_answers_the_same(bench):
     first = bench.complete(bid)
     assert bench.complete(bid) == first
     assert bench.sql("select count(*) from stepfast.events where name = 'step.completed'") == 1
+
+
+def test_lost_session_is_an_outage_and_the_next_call_has_another(bench):
+    """What the driver raises is told as SQLAlchemy would, without what was given, and every session of the pool is new."""
+    run = bench.start(line("a"))
+    bid, _ = bench.claim(run, "a")
+    with psycopg.connect(
+        bench.store.engine.url.set(drivername="postgresql").render_as_string(), autocommit=True
+    ) as other:
+        others = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+        other.execute(f"select pg_terminate_backend(pid, 5000) {others}")
+    with pytest.raises(DBAPIError) as lost:
+        bench.complete(bid, {"by": "what was paid for"})
+    assert lost.value.connection_invalidated
+    assert is_outage(lost.value)
+    assert "paid for" not in str(lost.value)
+    assert bench.store.lost_a_session_within(10)
+    assert bench.complete(bid).run_state == "completed"
+    assert bench.store.engine.pool.checkedout() == 0
 
 
 def test_fence_refuses_whoever_lost_the_claim(bench):

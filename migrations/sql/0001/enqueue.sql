@@ -22,6 +22,7 @@ declare
     v_concurrency_parts jsonb;
     v_deadline_ms bigint;
     v_traced_by text;
+    v_full boolean; -- no queue of its first steps has a place at the broker
     v_input_hash text := encode(sha256(convert_to(p_input::text, 'UTF8')), 'hex');  -- stepfast.hash, without a call
     v_old_id uuid;
     v_old_hash text;
@@ -39,8 +40,12 @@ begin
     if octet_length(p_key) > 1000 then -- what fits into an index
         raise exception 'the key is longer than 1,000 bytes' using errcode = 'SF003';
     end if;
-    select p.hash, p.concurrency_parts, p.deadline_ms, p.traced_by, clock_timestamp() + m.clock_offset
-    into v_hash, v_concurrency_parts, v_deadline_ms, v_traced_by, v_now
+    select p.hash, p.concurrency_parts, p.deadline_ms, p.traced_by, clock_timestamp() + m.clock_offset, not exists (
+        select from stepfast.pipeline_agents a
+        where a.pipeline_hash = p.hash and a.depends_on = '{}' and stepfast.dispatched_max() > (select count(*) from (
+            select from stepfast.steps s where s.queue = a.queue and s.state = 'available' and s.sent_at is not null
+            limit stepfast.dispatched_max()) w))
+    into v_hash, v_concurrency_parts, v_deadline_ms, v_traced_by, v_now, v_full
     from stepfast.pipeline_names n join stepfast.pipelines p on p.hash = n.hash, stepfast.meta m
     where n.name = p_pipeline;
     if not found then
@@ -119,11 +124,6 @@ begin
     end if;
     run_id := p_run;
     created := true;
-    waits := waits or not exists (
-        select from stepfast.pipeline_agents a
-        where a.pipeline_hash = v_hash and a.depends_on = '{}'
-          and stepfast.dispatched_max() > (select count(*) from (
-              select from stepfast.steps s where s.queue = a.queue and s.state = 'available' and s.sent_at is not null
-              limit stepfast.dispatched_max()) w));
+    waits := waits or v_full;
     return next;
 end $$;
