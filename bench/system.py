@@ -297,6 +297,7 @@ def _client(given: dict[str, str]) -> Iterator[None]:
     finally:
         our_worker.stop()
         celery.close()
+        celery.amqp._producer_pool = None  # noqa: SLF001  # the next system's messages would go to this one's broker
         os.environ.clear()
         os.environ.update(before)
         settings.load.cache_clear()
