@@ -23,7 +23,7 @@ def call(function: str, *parameters: tuple[str, "TypeEngine[Any]"], rows: bool =
 
 @dataclass(frozen=True, slots=True)
 class DriverCall:
-    """A call in the driver's own words, for what each step does: SQLAlchemy's own would take as long again."""
+    """A call in the driver's own words, for what each step does: see Store._step."""
 
     sql: str
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ def driver_call(function: str, *parameters: tuple[str, "TypeEngine[Any]"]) -> Dr
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     casts = ", ".join(f"%s::{kind.compile(dialect=dialect)}" for _, kind in parameters)
     return DriverCall(
-        f"select stepfast.{function}({casts})",  # names are ours
+        f"select stepfast.{function}({casts})",
         tuple(name for name, _ in parameters),
         frozenset(name for name, kind in parameters if isinstance(kind, JSONB)),
     )

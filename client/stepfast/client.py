@@ -21,7 +21,7 @@ INPUT_MAX_BYTES = 1_000_000
 PRIORITY_MAX = 9
 _PROBLEMS_MAX = 5
 _PIPELINES_MAX = 256
-# So long after it was asked it counts that a run waits behind others.
+# How long it is believed that a run waits behind others: they may be gone when its host commits later.
 _WAITS_S = 0.1
 # How often a name may move while one run is started.
 _MOVES_MAX = 5

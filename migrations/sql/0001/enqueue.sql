@@ -73,8 +73,8 @@ begin
         perform stepfast.lock_concurrency_key(p_tenant, p_pipeline, v_concurrency);
         v_now := stepfast.now();  -- the order of creation is the order of this lock
         waits := exists (select from stepfast.runs r where r.tenant = p_tenant and r.pipeline = p_pipeline
-                           and r.concurrency_key = v_concurrency and r.state in ('pending', 'running', 'suspended'))
-                   or stepfast.run_under_way(p_tenant, p_pipeline, v_concurrency) is not null;
+                         and r.concurrency_key = v_concurrency and r.state in ('pending', 'running', 'suspended'))
+                 or stepfast.run_under_way(p_tenant, p_pipeline, v_concurrency) is not null;
     end if;
 
     if p_key is null then
