@@ -19,7 +19,7 @@ from uuid import UUID, uuid4
 from app import crashpoints
 from app.crashpoints import CrashPoint, Note
 from app.crashtest import answers, faults, world
-from app.crashtest.cells import OF_NETWORKS, Answers, Cell
+from app.crashtest.cells import OF_NETWORKS, UNDISTURBED, Answers, Cell
 from app.crashtest.judge import Seen
 from app.crashtest.workers import EACH, Workers, kinds
 from app.execution.persistence import through_outage
@@ -223,7 +223,8 @@ class Lane:
         if playing.cell.answers == Answers.FAILS and not playing.mended:
             self._mend(playing)
             return False
-        return True
+        # Which points there are is read from what this run noted: its last message is acknowledged after it has ended.
+        return playing.cell != UNDISTURBED or self._all_acknowledged()
 
     def _approve(self, playing: Playing, agent: str) -> None:
         if self._unstruck(playing.cell) & OF_COMMANDS:
@@ -267,6 +268,15 @@ class Lane:
 
     def _all_struck(self, cell: Cell) -> bool:
         return not self._unstruck(cell)
+
+    def _all_acknowledged(self) -> bool:
+        """Whether a message of each agent that took one is acknowledged."""
+        noted = self.notes()
+        taken, acknowledged = (
+            {note.agent for note in noted if note.point == point}
+            for point in (CrashPoint.CLAIM_BEFORE, CrashPoint.ACK_AFTER)
+        )
+        return taken <= acknowledged
 
     def _unstruck(self, cell: Cell) -> set[CrashPoint]:
         return {point for point in cell.strikes if (self._orders / f"{point.label}:{cell.agent}").exists()}
