@@ -3,10 +3,8 @@
 import os
 from importlib.util import module_from_spec, spec_from_file_location
 
-from celery import Celery
-
 from app import crashpoints, settings
-from app.execution import lifecycle, messages, queues, redis_channel, task_events
+from app.execution import lifecycle, messages, queues, redis_channel, sending, task_events
 from app.observe import celery_signals
 
 # Celery reads these itself, before its configuration: another application's broker must not become ours.
@@ -22,7 +20,7 @@ _spec.loader.exec_module(_config)
 
 crashpoints.use(settings.load().crash_points)
 redis_channel.mend()
-celery = Celery("stepfast", amqp=queues.StepAMQP, events=task_events.TaskEvents)
+celery = sending.StepCelery("stepfast", amqp=queues.StepAMQP, events=task_events.TaskEvents)
 celery.config_from_object(_config)
 celery.steps["consumer"].add(task_events.SendWhatWaits)
 celery.set_default()
