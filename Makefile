@@ -29,8 +29,8 @@ desk: $(VENV)/dev.stamp ## Start examples/flask_desk with everything it needs, u
 	@$(BIN)/python examples/start.py flask_desk
 
 .PHONY: test
-test: $(VENV)/dev.stamp ## Run all tests (ARGS=... goes to pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev.stamp ## Run all tests, two at once, each on servers of its own (ARGS=... goes to pytest)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/dev.stamp ## Check style, format and the direction of imports
