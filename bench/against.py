@@ -102,7 +102,7 @@ SIDES = {
     "stepfast": Side(
         "Stepfast",
         "stepfast_runs.py",
-        {"steps": Setting(2, 4), "waiting": Setting(2, 125)},
+        {"steps": Setting(2, 3), "waiting": Setting(2, 125)},
         own_environment=False,
     ),
     "celery": Side(

@@ -390,7 +390,7 @@ def _inputs_to_show(attempt: Attempt) -> "Json":
 
 def _warn_once_a_run(attempt: Attempt) -> None:
     """Says what the file asks for and does not get, at the first attempt of the first agent."""
-    if attempt.agent != attempt.pipeline.agents[0] or attempt.claim.number > 1:
+    if attempt.agent is not attempt.pipeline.agents[0] or attempt.claim.number > 1:
         return
     if attempt.pipeline.checkpointing.store == "redis" and not attempt.worker.cache:
         events.emit(Event.CACHE_AWAY, message="STEPFAST_REDIS_URL is not set: outputs are read from Postgres.")
