@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="waiting", description=__doc__)
     parser.add_argument("--runs", type=int, default=1_000, help="(1,000)")
     parser.add_argument("--call-s", type=float, default=10.0, help="of each call (10)")
-    parser.add_argument("--workers", type=int, default=1, help="which share the runs (1)")
+    parser.add_argument("--workers", type=int, default=2, help="which share the runs (2: one a processor)")
     given = parser.parse_args()
     found = Found("waiting", "valkey", {"load before": round(os.getloadavg()[0], 1)})
     with (
