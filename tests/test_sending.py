@@ -69,7 +69,7 @@ def signatures(write_skill):
 
 @pytest.mark.parametrize("how", ["one", "chain", "group", "next"])
 def test_message_and_event_are_those_of_celery(app, waiting, write_skill, monkeypatch, how):
-    """Byte for byte but for ids: what a worker, Flower, and whoever looks into Redis, read."""
+    """Field for field but for ids: what a worker, Flower, and whoever looks into Redis, read."""
     told, ways = [], []
     monkeypatch.setattr(Dispatcher, "publish", lambda _, kind, fields, *__, **___: told.append((kind, fields)))
     short = app._send_step
