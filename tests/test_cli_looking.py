@@ -188,6 +188,8 @@ def _on_terminal(arguments, environ, columns):
     """What a terminal of so many columns is sent."""
     mine, theirs = pty.openpty()
     ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    # These would be asked before the terminal is.
+    environ = {name: value for name, value in environ.items() if name not in {"COLUMNS", "LINES"}}
     with subprocess.Popen(
         [str(STEPFAST), *arguments],
         env=environ | {"TERM": "xterm-256color"},

@@ -320,6 +320,7 @@ def test_a_broken_pipe_raises_nothing_and_ends_well():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )
     process.stdout.close()
     process.stdin.close()

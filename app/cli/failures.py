@@ -129,6 +129,6 @@ def _say(error: StepfastError, *, as_json: bool) -> None:
 
 
 def _let_go_of_stdout() -> None:
-    """The reader is gone. What is left in the buffer must not fail the interpreter's last flush."""
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    from app.observe.logs import let_go
+
+    let_go(sys.stdout)

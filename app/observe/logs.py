@@ -15,6 +15,7 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO
 
 import structlog
@@ -198,10 +199,19 @@ class _Out:
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         text = line.encode(encoding, "backslashreplace").decode(encoding) + "\n"
         with suppress(Exception), _lock:
-            self.stream.write(text)
-            self.stream.flush()
+            try:
+                self.stream.write(text)
+                self.stream.flush()
+            except BrokenPipeError:
+                let_go(self.stream)
 
     debug = info = warning = error = critical = msg
+
+
+def let_go(stream: TextIO) -> None:
+    """Its reader is gone. What is left in its buffer must not fail the interpreter's last flush."""
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 # Re-entrant, because a signal handler may log while its thread writes.
