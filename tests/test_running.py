@@ -13,6 +13,7 @@ from conftest import eventually, use_broker
 
 from app import operations
 from app.errors import NotPossible
+from app.execution.executor import DEFER_MS, execute
 from app.runs.explain import explain
 from app.runs.reads import Reads
 
@@ -299,6 +300,24 @@ def test_missing_handler_waits_for_a_worker_that_has_it(system, here, write_skil
     system.start_worker()
     run = system.ended(started.run_id)
     assert (run["state"], run["steps"][0]["failures"], run["steps"][0]["attempts"]) == ("completed", 0, 1)
+
+
+def test_missing_handler_is_put_off_by_no_fixed_time(system, here, write_skill, tmp_path):
+    """In step with the second after which workers ask Redis anew, the one that lacks it would be served for ever."""
+    from app import events
+    from app.events import Event
+    from app.runs.store import StepKey
+
+    delays = []
+    events.subscribe(lambda event, fields: event is Event.STEP_DEFERRED and delays.append(fields["retry_ms"]))
+    folder = write_skill(DIAMOND, DIAMOND_HANDLERS).rename(tmp_path / "elsewhere")
+    name = system.publish(here, folder)
+    for _ in range(20):
+        run_id, _ = here.store.enqueue(name, {"n": 1})
+        (sent,) = here.store.take_unsent(run_id, 1)
+        assert execute(here, StepKey(run_id, "a"), sent.pipeline_hash).state == "deferred"
+    assert all(DEFER_MS / 2 <= delay <= DEFER_MS for delay in delays)
+    assert len({delay % 1_000 // 100 for delay in delays}) > 3
 
 
 def test_malformed_message_harms_nobody(system, here, write_skill):

@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from app.execution.worker import Worker
     from app.pipelines.model import Agent, Json, Pipeline
 
-# How long a step waits whose handler this worker lacks, or whose key another run holds.
-DEFER_MS = 5_000
-KEY_WAIT_MS = 1_000
+# How long a step waits whose key another run holds, and, at most, one whose handler this worker lacks: less at random,
+# since a worker asks Redis anew each second, and one that does so in step with it would be first in line for ever.
+KEY_WAIT_MS, DEFER_MS = 1_000, 5_000
 # Others may take a step away this long after its own deadline: time to commit what was answered at the last moment.
 COMMIT_MARGIN_MS = 15_000
 # What a person is shown before a decision.
@@ -92,14 +92,14 @@ def execute(worker: "Worker", step: StepKey, pipeline_hash: str) -> Result:
     pipeline = worker.definition(pipeline_hash)
     agent = pipeline.by_id[step.agent]
     with events.bound(run_id=str(step.run_id), pipeline=pipeline.name, agent=agent.id):
-        handler: Handler | None = None
-        broken: AgentError | None = None
+        handler = broken = None
         try:
             handler = _find_handler(worker, pipeline, agent)
         except AgentError as error:
             broken = error
         if agent.handler and not handler and not broken:
-            return defer(worker, step, DEFER_MS, f"this worker has no handler {agent.handler}")
+            delay_ms = random.randint(DEFER_MS // 2, DEFER_MS)  # noqa: S311  # spreads them, as retries
+            return defer(worker, step, delay_ms, f"this worker has no handler {agent.handler}")
         bid = Bid(
             step=step,
             agent=agent,
