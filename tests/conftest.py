@@ -173,13 +173,18 @@ def empty_database_url(servers):
 @pytest.fixture
 def broker_url(servers):
     """A virtual host of Valkey, emptied."""
+    url = f"{servers.broker_url.split('?')[0]}?virtual_host={next(_numbers) % 14 + 1}"
+    with valkey(url) as client:
+        client.flushdb()
+    return url
+
+
+def valkey(url: str):
+    """A client of a broker's database, to look into it."""
     import redis
 
-    number = next(_numbers) % 14 + 1
-    path = servers.broker_url.removeprefix("redis+socket://").split("?")[0]
-    with redis.Redis(unix_socket_path=path, db=number) as client:
-        client.flushdb()
-    return f"redis+socket://{path}?virtual_host={number}"
+    path, _, number = url.removeprefix("redis+socket://").partition("?virtual_host=")
+    return redis.Redis(unix_socket_path=path, db=int(number))
 
 
 def _plain(url: str) -> str:

@@ -1,6 +1,6 @@
 """What a step costs, counted: statements, round trips and messages on the happy path. Counts, not times."""
 
-import redis
+from conftest import valkey
 from sqlalchemy import event
 
 from app import operations
@@ -55,8 +55,7 @@ def test_run_costs_one_message_a_step(system, here, write_skill):
     """
     name = system.publish(here, write_skill(LINE, HANDLERS))
     system.start_worker()
-    path, _, number = system.broker_url.removeprefix("redis+socket://").partition("?virtual_host=")
-    with redis.Redis(unix_socket_path=path, db=int(number)) as client:
+    with valkey(system.broker_url) as client:
 
         def calls() -> dict[str, int]:
             return {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in client.info("commandstats").items()}

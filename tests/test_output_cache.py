@@ -5,7 +5,7 @@ import json
 import zlib
 
 import pytest
-import redis
+from conftest import valkey
 from sqlalchemy import event, text
 from working import emitting
 
@@ -26,8 +26,7 @@ HANDLERS = """
 
 @pytest.fixture
 def client(broker_url):
-    path, _, number = broker_url.removeprefix("redis+socket://").partition("?virtual_host=")
-    with redis.Redis(unix_socket_path=path, db=int(number)) as connected:
+    with valkey(broker_url) as connected:
         yield connected
 
 

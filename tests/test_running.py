@@ -8,8 +8,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-import redis
-from conftest import eventually, use_broker
+from conftest import eventually, use_broker, valkey
 
 from app import operations
 from app.errors import NotPossible
@@ -51,11 +50,6 @@ GATED = """
 def _began(folder, name):
     file = folder / f"{name}-began"
     return file.read_text().split() if file.exists() else []
-
-
-def _redis(url):
-    path, _, number = url.removeprefix("redis+socket://").partition("?virtual_host=")
-    return redis.Redis(unix_socket_path=path, db=int(number))
 
 
 @pytest.mark.parametrize("pool", ["threads", "prefork", "solo"])
@@ -145,12 +139,12 @@ def test_wiping_the_broker_loses_nothing(system, here, write_skill, tmp_path):
     )
     name = system.publish(here, folder)
     waiting = operations.start(here, name, {"folder": str(tmp_path)})
-    with _redis(system.broker_url) as client:
+    with valkey(system.broker_url) as client:
         client.flushdb()
     system.start_worker()
     running = operations.start(here, name, {"folder": str(tmp_path)})
     eventually(lambda: len(_began(tmp_path, "first")) == 2, what="both first steps")
-    with _redis(system.broker_url) as client:
+    with valkey(system.broker_url) as client:
         client.flushdb()
     (tmp_path / "first-go").touch()
     assert [system.ended(run.run_id)["state"] for run in (waiting, running)] == ["completed", "completed"]
@@ -171,7 +165,7 @@ def test_start_comes_back_when_its_worker_dies_with_it(system, here, write_skill
 
     name = system.publish(here, write_skill(DIAMOND, DIAMOND_HANDLERS))
     celery.send_task("stepfast.start", (name, {"n": 1}), queue="agents")
-    with _redis(system.broker_url) as client:
+    with valkey(system.broker_url) as client:
         # What the death of a worker leaves on Redis: a message that was taken then, and is in nobody's hands now.
         message = json.loads(client.rpop("agents"))
         tag = message["properties"]["delivery_tag"]
@@ -355,7 +349,7 @@ def _end_truce(system) -> None:
 
 
 def _queued(system) -> int:
-    with _redis(system.broker_url) as client:
+    with valkey(system.broker_url) as client:
         return client.llen("agents")
 
 
@@ -364,7 +358,7 @@ def _dead_message(system):
     import base64
     import json
 
-    with _redis(system.broker_url) as client:
+    with valkey(system.broker_url) as client:
         found = client.lrange("stepfast.dead", 0, 0)
     if not found:
         return None

@@ -4,8 +4,7 @@ import json
 
 import commanding
 import psycopg
-import redis
-from conftest import eventually
+from conftest import eventually, valkey
 
 from app import operations
 from app.runs.reads import Reads
@@ -90,8 +89,7 @@ def test_no_secret_leaves_by_any_output(system, here, write_skill, capsys):
     assert system.ended(operations.start(here, name, GIVEN | {"note": "another"}).run_id)["state"] == "failed"
     letters = [entry["id"] for entry in Reads(here.store.engine).dead_letter_list()]
     assert len(letters) == 3
-    path, _, number = system.broker_url.removeprefix("redis+socket://").partition("?virtual_host=")
-    with redis.Redis(unix_socket_path=path, db=int(number)) as client:
+    with valkey(system.broker_url) as client:
         eventually(lambda: client.llen("stepfast.dead") >= len(letters), what="the letters' messages")
         assert _found(_decoded(client.lrange("stepfast.dead", 0, -1))) == []
 

@@ -5,9 +5,8 @@ from base64 import b64decode
 from uuid import uuid4
 
 import pytest
-import redis
 from celery import chain, group, signals
-from conftest import eventually
+from conftest import valkey
 
 from app.execution import canvas
 from app.execution.task_events import Dispatcher
@@ -33,8 +32,7 @@ def app(here):
 @pytest.fixture
 def waiting(system):
     """What stands in the queue of handlers, decoded, oldest first; and the queue's server."""
-    path, _, number = system.broker_url.removeprefix("redis+socket://").partition("?virtual_host=")
-    with redis.Redis(unix_socket_path=path, db=int(number)) as client:
+    with valkey(system.broker_url) as client:
 
         def read():
             found = [json.loads(entry) for entry in reversed(client.lrange("handlers", 0, -1))]
@@ -106,9 +104,11 @@ def test_result_names_what_was_sent(app, waiting, write_skill):
     assert (message["headers"]["id"], result.ignored) == (result.id, True)
 
 
-@pytest.mark.parametrize("options", [{"countdown": 60}, {"serializer": "yaml"}, {"priority": 3}, {"expires": 9}])
+@pytest.mark.parametrize(
+    "options", [{"countdown": 60}, {"serializer": "yaml"}, {"priority": 3}, {"expires": 9}, {"ignore_result": False}]
+)
 def test_whatever_else_is_asked_for_goes_the_way_of_celery(app, write_skill, monkeypatch, options):
-    """A delay, another serializer, a priority: what the short way does not know of, it leaves alone."""
+    """A delay, another serializer, a priority, a result: what the short way does not know of, it leaves alone."""
     found = loader.load(write_skill(LINE, HANDLERS), aliases={}, handler_modules=())
     monkeypatch.setattr(app, "_send_step", lambda *_, **__: pytest.fail("the short way was taken"))
     canvas.signature(found, uuid4(), "a").apply_async(**options)
@@ -122,4 +122,4 @@ def test_connection_that_was_lost_is_made_anew(app, waiting, write_skill):
     waiting()
     waiting.server.client_kill_filter(_type="normal", skipme=True)
     task.apply_async()
-    eventually(lambda: len(waiting()) == 1, what="the message")
+    assert len(waiting()) == 1

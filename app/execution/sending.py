@@ -67,6 +67,7 @@ def _is_plain(options: dict[str, Any]) -> bool:
     return (
         isinstance(options.get("queue"), str)
         and options.get("serializer") in {None, "json"}
+        and options.get("ignore_result") in {None, True}
         and not signals.before_task_publish.receivers
         and not signals.after_task_publish.receivers
         and all(value is None or name in _OF_MESSAGE or name in _BESIDES for name, value in options.items())
