@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import eventually
+from conftest import eventually, valkey
 from sqlalchemy.engine import make_url
-from test_running import GATED, _began, _redis
+from test_running import GATED, _began
 
 from app import operations
 from app.crashtest.proxy import Proxy
@@ -45,7 +45,7 @@ def test_lost_broker_connection_does_not_end_a_worker(system, here, write_skill,
         "- {id: only, idempotent: true}\n- {id: last, depends_on: [only], handler: 'handlers:only', idempotent: true}",
     )
     eventually(lambda: _began(tmp_path, "only"), what="the step")
-    with _redis(system.broker_url) as client:
+    with valkey(system.broker_url) as client:
         client.client_kill_filter(_type="normal", skipme=True)
         client.client_kill_filter(_type="pubsub", skipme=True)
     (tmp_path / "only-go").touch()
@@ -112,7 +112,7 @@ def test_task_events_carry_no_error_text(system, here, write_skill, tmp_path):
     )
     name = system.publish(here, folder)
     system.start_worker()
-    with _redis(system.broker_url) as client, client.pubsub() as heard:
+    with valkey(system.broker_url) as client, client.pubsub() as heard:
         heard.psubscribe("*")
         system.ended(operations.start(here, name, {}).run_id)
         told = eventually(lambda: _failure(heard), what="the event of the failed task")

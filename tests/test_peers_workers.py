@@ -1,8 +1,8 @@
 """Scenarios from the suites of peers, in our words, on real workers."""
 
 import pytest
-from conftest import eventually
-from test_running import GATED, _began, _redis
+from conftest import eventually, valkey
+from test_running import GATED, _began
 
 from app import operations
 
@@ -22,7 +22,7 @@ def test_large_output_travels_through_postgres_alone(system, here, write_skill):
     name = system.publish(here, folder)
     system.start_worker()
     run_id = operations.start(here, name, {}).run_id
-    with _redis(system.broker_url) as client:
+    with valkey(system.broker_url) as client:
         eventually(lambda: client.llen("nobody_yet"), what="the message for the second agent")
         assert len(client.lindex("nobody_yet", 0)) < MESSAGE_MAX_BYTES
     system.start_worker(queues="nobody_yet")
